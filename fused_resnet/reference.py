@@ -29,8 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .plan import statistics_chunks
-
 MEAN, RSTD, SCALE, SHIFT, INV_COUNT = range(5)
 
 
@@ -126,17 +124,13 @@ def _gradient(grad: Gradient) -> Tensor:
 
 
 def channel_partials(c: Tensor) -> Tensor:
-    """Statistics (count, mean, M2 = sum (c - mean)^2) of each channel: [T, 3, C], accumulator dtype.
+    """Statistics (count, mean, M2 = sum (c - mean)^2) of each channel: [1, 3, C], accumulator dtype.
 
-    T is `plan.statistics_chunks` of the pixel count, as for the kernels; here row 0 holds everything and the other rows
-    count nothing, which merging allows.
+    The kernels return [T, 3, C], a row for each chunk of pixels; here one row counts them all.
     """
     rows = _rows(c).to(accumulator_dtype(c.dtype))
-    pixels, channels = rows.shape
-    partials = rows.new_zeros(statistics_chunks(pixels)[0], 3, channels)
     var, mean = torch.var_mean(rows, 0, correction=0)
-    partials[0] = torch.stack((torch.full_like(mean, pixels), mean, var * pixels))
-    return partials
+    return torch.stack((torch.full_like(mean, rows.shape[0]), mean, var * rows.shape[0])).unsqueeze(0)
 
 
 def merge_partials(partials: Tensor) -> Tensor:
@@ -204,7 +198,7 @@ def bn_frozen(
 
 
 def conv_stats(a: Deferred, w: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """A raw convolution and its channel statistics: c = conv(a, w), partials [T, 3, K] (`channel_partials`).
+    """A raw convolution and its channel statistics: c = conv(a, w), partials [1, 3, K] (`channel_partials`).
 
     Zero padding applies to relu(c * scale + shift), after the BatchNorm of a deferred input.
     """
@@ -323,13 +317,10 @@ def bn_act_pool(a: Deferred) -> tuple[Tensor, Tensor]:
 
 
 def channel_sums(g: Tensor, c: Tensor, bn: Tensor) -> Tensor:
-    """(sum g, sum g * xhat) of each channel, xhat = (c - mean) * rstd: [T, 2, C], in row 0 of T (`channel_partials`)."""
+    """(sum g, sum g * xhat) of each channel, xhat = (c - mean) * rstd: [1, 2, C]; the kernels return a row per chunk."""
     g = g.to(bn.dtype)
     xhat = (c.to(bn.dtype) - _per_channel(bn[MEAN])) * _per_channel(bn[RSTD])
-    pixels = c.shape[0] * c.shape[2] * c.shape[3]
-    sums = bn.new_zeros(statistics_chunks(pixels)[0], 2, c.shape[1])
-    sums[0] = torch.stack((g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))))
-    return sums
+    return torch.stack((g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3)))).unsqueeze(0)
 
 
 def bn_act_sums(dy: Tensor, a: Deferred) -> tuple[Tensor, Tensor]:
@@ -356,8 +347,8 @@ def bn_backward_finalize(
 
     sums [T, 2, C]. Returns coef [3, C], dgamma [C], dbeta [C]. Source: Ioffe and Szegedy 2015, section 3, rearranged.
     """
-    dbeta, dgamma = sums.sum(0)
-    tg, tx = (dbeta, dgamma) if total is None else total.sum(0)
+    dbeta, dgamma = sums.sum(0).unbind()
+    tg, tx = (dbeta, dgamma) if total is None else total.sum(0).unbind()
     mean, rstd, scale, _, inv = bn
     b = -scale * rstd * tx * inv
     coef = torch.stack((scale, b, -scale * tg * inv - b * mean))
