@@ -329,15 +329,18 @@ def bn_act_sums(dy: Tensor, a: Deferred) -> tuple[Tensor, Tensor]:
     return g, channel_sums(g, a.c, a.bn)
 
 
+def relu_grad(dout: Tensor, mask: Tensor) -> Tensor:
+    """dout where the ReLU's output was positive, [N, C, H, W], written out."""
+    return channels_last(_masked(dout, mask))
+
+
 def join_sums(dout: Tensor, mask: Tensor, main: Deferred, shortcut: Deferred) -> tuple[Tensor, Tensor | None]:
     """`channel_sums` of g = dout where mask against the block's last BatchNorm, and against the shortcut's if any."""
     g = _masked(dout, mask)
     return channel_sums(g, *main), None if shortcut.bn is None else channel_sums(g, *shortcut)
 
 
-def bn_backward_finalize(
-    sums: Tensor, bn: Tensor, gamma: Tensor | None, total: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def bn_backward_finalize(sums: Tensor, bn: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The coefficients of a BatchNorm's backward, dc = A g + B c + C, and its parameters' gradients.
 
     With Tg = sum g, Tx = sum g xhat over all processes (`total`; default: `sums`) and inv = INV_COUNT:
@@ -365,13 +368,15 @@ def conv_dgrad(
     w: Tensor,
     geometry: Geometry,
     input_hw: tuple[int, int],
-    relu_of: Deferred | None,
-    addend: Gradient | None,
+    relu_of: Deferred | None = None,
+    addend: Gradient | None = None,
+    addend_stride: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """Input gradient of a convolution: dx = conv_transpose(dc, w) + addend, [N, C, H, W] with (H, W) = input_hw.
 
     With `relu_of`, the deferred activation that the convolution read, the result is g = dx where its affine is > 0, and
-    its `channel_sums` come back too. `addend` is the gradient of the identity shortcut (g and mask only).
+    its `channel_sums` come back too. `addend` is the gradient of the shortcut (g and mask only); it lies on every
+    `addend_stride`-th row and column of dx.
     """
     dc = _gradient(grad)
     n, c = dc.shape[0], w.shape[1] * geometry.groups
@@ -379,7 +384,7 @@ def conv_dgrad(
         dc, dc.new_empty(n, c, *input_hw), w, None, *geometry[:3], False, [0, 0], geometry.groups, [True, False, False]
     )[0]
     if addend is not None:
-        dx = dx + _gradient(addend)
+        dx[:, :, ::addend_stride, ::addend_stride] += _gradient(addend)
     if relu_of is None:
         return channels_last(dx), None
     return bn_act_sums(dx, relu_of)
@@ -388,9 +393,11 @@ def conv_dgrad(
 def conv_wgrad(a: Deferred, grad: Gradient, w_shape: tuple[int, ...], geometry: Geometry) -> Tensor:
     """Weight gradient dw = sum over pixels of a (shifted by the tap) times dc, w_shape, in the accumulator dtype."""
     dc = _gradient(grad)
-    return torch.ops.aten.convolution_backward(
-        dc, _activation(a), dc.new_empty(w_shape), None, *geometry[:3], False, [0, 0], geometry.groups, [False, True, False]
-    )[1].to(accumulator_dtype(dc.dtype))
+    w, outputs = dc.new_empty(w_shape), [False, True, False]
+    dw = torch.ops.aten.convolution_backward(
+        dc, _activation(a), w, None, *geometry[:3], False, [0, 0], geometry.groups, outputs
+    )[1]
+    return channels_last(dw.to(accumulator_dtype(dc.dtype)))
 
 
 def cross_moments(a: Deferred, g: Tensor, mask: Tensor | None, stride: int) -> Tensor:
@@ -432,14 +439,15 @@ def moments_weights(cross: Tensor, gram: Tensor, w: Tensor, coef: Tensor) -> tup
 
 
 def conv1x1_dgrad_moments(
-    dout: Tensor, mask: Tensor | None, w_g: Tensor, a: Deferred, w_a: Tensor, w_1: Tensor
+    dout: Tensor, mask: Tensor | None, w_g: Tensor, a: Deferred, w_a: Tensor, w_1: Tensor, stride: int
 ) -> tuple[Tensor, Tensor | None]:
     """Input gradient of c = a W without c: da = g w_g + a w_a + w_1 with g = dout where mask (`moments_weights`).
 
-    With a.bn the result is masked by the ReLU of `a`, and its `channel_sums` come back too.
+    a counts on every stride-th row and column, and da has the extent of g. With a.bn (stride 1) the result is masked
+    by the ReLU of `a`, and its `channel_sums` come back too.
     """
     acc = accumulator_dtype(dout.dtype)
-    g, x = _masked(dout, mask), _activation(a)
+    g, x = _masked(dout, mask), _activation(a)[:, :, ::stride, ::stride]
     n, _, h, w = x.shape
     da = _rows(g).to(acc) @ w_g.to(acc) + _rows(x).to(acc) @ w_a.to(acc) + w_1
     da = da.view(n, h, w, -1).permute(0, 3, 1, 2).to(dout.dtype)
