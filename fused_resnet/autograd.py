@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import plan as planning
 from .ops import Deferred, Geometry, Gradient
@@ -297,6 +296,38 @@ def chain_backward(
     return dx, dresidual, gradients
 
 
+class _RefuseSecondDerivative(torch.autograd.Function):
+    """Identity whose backward raises. torch's once_differentiable stays silent when the incoming gradient needs no
+    gradient itself (`out.sum()`), and a gradient penalty would then be wrong without a word."""
+
+    @staticmethod
+    def forward(ctx, anchor, *gradients):
+        return gradients
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "fused_resnet: second derivatives are not implemented. Run the model through fused_resnet.unfuse first, or "
+            "do not ask for create_graph=True"
+        )
+
+
+def _first_order(backward):
+    """Run a Function's backward without recording it, and refuse to be differentiated again."""
+
+    def run(ctx, grad):
+        with torch.no_grad():
+            gradients = backward(ctx, grad)
+        if not torch.is_grad_enabled():
+            return gradients
+        present = [g for g in gradients if g is not None]
+        anchor = grad.new_zeros((), requires_grad=True)
+        refused = iter(_RefuseSecondDerivative.apply(anchor, *present))
+        return tuple(None if g is None else next(refused) for g in gradients)
+
+    return run
+
+
 class _Chain(torch.autograd.Function):
     """`chain_forward` and `chain_backward`; parameters are (w, gamma, beta) of each unit, the shortcut's last."""
 
@@ -312,7 +343,7 @@ class _Chain(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, dout):
         need_x, need_residual, _, _, _, *need = ctx.needs_input_grad
         saved = Saved.from_tensors(ctx.saved_tensors, len(ctx.units))
@@ -340,7 +371,7 @@ class _Stem(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, dy):
         x, w, c, bn, index = ctx.saved_tensors
         unit, impl, (need_x, _, _, *need) = ctx.unit, ctx.impl, ctx.needs_input_grad
@@ -407,7 +438,7 @@ def _wants_gradients(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _scheme(units: Sequence[ConvBN], shortcut: ConvBN | None, options: Options, dtype: torch.dtype) -> str:
-    """"moments" where it is possible and saves memory traffic, unless the caller asked for a scheme.
+    """ "moments" where it is possible and saves memory traffic, unless the caller asked for a scheme.
 
     It needs a plain 1x1 at the end and in the shortcut; it costs K / N of the last convolution's arithmetic, and at 32
     bit the raw output it avoids is no longer the cheaper side.
@@ -428,7 +459,9 @@ def _scheme(units: Sequence[ConvBN], shortcut: ConvBN | None, options: Options, 
     return "moments" if possible and dtype.itemsize == 2 and last.w.shape[0] >= 2 * last.w.shape[1] else "stored"
 
 
-def run_chain(x: Tensor, residual: Tensor | None, units: list[ConvBN], shortcut: ConvBN | None, options: Options) -> Tensor:
+def run_chain(
+    x: Tensor, residual: Tensor | None, units: list[ConvBN], shortcut: ConvBN | None, options: Options
+) -> Tensor:
     """Pick the path for a checked chain: inference, training, or the library's operators."""
     everyone = [*units, shortcut] if shortcut is not None else units
     if x.shape[0] == 0:

@@ -79,9 +79,13 @@ def _check_unit(name: str, unit: ConvBN, x: Tensor, shape: tuple[int, ...], auto
         raise ValueError(f"{name}.momentum: None (cumulative average) needs num_batches_tracked, got None")
     p, q = output_hw(w.shape, unit.geometry, height, width)
     if p < 1 or q < 1:
-        raise ValueError(f"{name}: the input's {height}x{width} pixels are fewer than its kernel {tuple(w.shape[2:])} needs")
+        raise ValueError(
+            f"{name}: the input's {height}x{width} pixels are fewer than its kernel {tuple(w.shape[2:])} needs"
+        )
     if unit.batch_stats and not unit.sync and n * p * q == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {(n, k, p, q)} at {name}")
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {(n, k, p, q)} at {name}"
+        )
     return n, k, p, q
 
 
@@ -110,8 +114,9 @@ def _check_chain(
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of a convolution on x, None outside autocast and for float64, which it leaves."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
     return None
 
 
@@ -153,19 +158,21 @@ def residual_block(
     units: Sequence[ConvBN],
     shortcut: ConvBN | None = None,
     *,
+    residual: Tensor | None = None,
     identity: bool | None = None,
     scheme: str = "auto",
     impl: str | None = None,
 ) -> Tensor:
     """A residual block: out = relu(F(x) + s), F = BN(conv(relu(BN(conv(... x))))) over `units`.
 
-    s is x (`identity`, the default without a `shortcut`), BN(conv(x)) with a `shortcut`, or nothing with
-    `identity=False`: the plain stack of the degradation experiment (He et al. 2015, section 3.2 and 4.1).
+    s is BN(conv(x)) with a `shortcut`, `residual` if one is given, else x, or nothing with `identity=False`: the plain
+    stack of the degradation experiment (He et al. 2015, sections 3.2 and 4.1).
 
     Args:
         x: [N, C, H, W], float16, bfloat16, float32 or float64, any memory format (converted to channels_last).
         units: the convolutions with their BatchNorms, in order; `ConvBN` documents the fields.
         shortcut: the projection of a block whose shape changes.
+        residual: [N, K, P, Q], what a shortcut of another kind has computed.
         scheme: "auto", "stored" or "moments": how training ends the block (module `autograd`).
         impl: "auto", "reference", "triton" or "cuda"; default: what `fused_resnet.use` says.
 
@@ -179,12 +186,13 @@ def residual_block(
     """
     if scheme not in ("auto", "stored", "moments"):
         raise ValueError(f'scheme: expected "auto", "stored" or "moments", got {scheme!r}')
-    identity = shortcut is None if identity is None else identity
-    if identity and shortcut is not None:
-        raise ValueError("identity: a block has either an identity or a projection shortcut, got both")
+    if identity is None:
+        identity = shortcut is None and residual is None
+    if (shortcut is not None) + (residual is not None) + identity > 1:
+        raise ValueError("shortcut, residual, identity: a block has at most one of them")
     everyone = [*units] if shortcut is None else [*units, shortcut]
     return torch.ops.fused_resnet.residual_block(
-        x, None, *_pack(everyone), shortcut is not None, identity, True, scheme, planning.resolve_impl(impl)
+        x, residual, *_pack(everyone), shortcut is not None, identity, True, scheme, planning.resolve_impl(impl)
     )
 
 

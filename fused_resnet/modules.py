@@ -1,22 +1,187 @@
-"""Drop-in residual blocks: torchvision's constructors, children and state_dict keys over fused operators."""
+"""Drop-in modules: torchvision's residual blocks over fused operators, and a lone convolution + BatchNorm + ReLU.
+
+Children stay real `nn.Conv2d` / `nn.BatchNorm2d` leaves with torchvision's names, so checkpoints, weight-decay splits,
+SyncBatchNorm conversion and FrozenBatchNorm swaps work as usual. A block runs its children one by one, unfused,
+whenever fusing would change what it computes: `unfused_reason()` says why, None if it is fused.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import functional
+from .autograd import ConvBN
+from .ops import Geometry
 
-def _conv(inplanes: int, planes: int, kernel_size: int, stride: int = 1, groups: int = 1, dilation: int = 1, **factory):
+
+def _is_frozen_bn(module: nn.Module) -> bool:
+    """torchvision's FrozenBatchNorm2d: BatchNorm of which all four vectors are buffers (recognised without importing)."""
+    cls = type(module)
+    return cls.__name__ == "FrozenBatchNorm2d" and cls.__module__.startswith("torchvision.")
+
+
+def _touched(module: nn.Module) -> str | None:
+    """Why the module must be called itself: it carries hooks (prune and weight_norm use them), or its own forward."""
+    if (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    ):  # fmt: skip
+        return "carries hooks, which fire only if it is called"
+    if "forward" in module.__dict__:
+        return "has a forward of its own"
+    return None
+
+
+def conv_bn_reason(conv: nn.Module, bn: nn.Module) -> str | None:
+    """Why this convolution and BatchNorm cannot be one fused unit, None if they can. Exact types only: a subclass (a
+    parametrized one, too) may compute something else."""
+    if type(conv) is not nn.Conv2d:
+        return f"{type(conv).__name__} is not exactly nn.Conv2d"
+    if conv.bias is not None:
+        return "the convolution has a bias"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
+    if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) and not _is_frozen_bn(bn):
+        return f"{type(bn).__name__} is not exactly nn.BatchNorm2d, nn.SyncBatchNorm or FrozenBatchNorm2d"
+    for child in (conv, bn):
+        touched = _touched(child)
+        if touched is not None:
+            return f"{type(child).__name__} {touched}"
+    return None
+
+
+def _sync_group(bn: nn.Module) -> str:
+    """Name of the process group that shares the statistics, "" where there is nothing to share (as in nn.SyncBatchNorm)."""
+    distributed = torch.distributed
+    if type(bn) is not nn.SyncBatchNorm or not bn.training:
+        return ""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ""
+    group = bn.process_group or distributed.group.WORLD
+    return group.group_name if distributed.get_world_size(group) > 1 else ""
+
+
+def conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBN:
+    """The pair as one unit for `functional`, with nn.BatchNorm2d's rules: batch statistics in training or without
+    running ones; running statistics updated in training if tracked."""
+    geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+    if _is_frozen_bn(bn):
+        frozen = bn.running_mean, bn.running_var, None
+        return ConvBN(conv.weight, bn.weight, bn.bias, *frozen, geometry, bn.eps, 0.1, False)
+    batch_stats = bn.training or (bn.running_mean is None and bn.running_var is None)
+    buffers = bn.running_mean, bn.running_var, bn.num_batches_tracked
+    if batch_stats and not (bn.training and bn.track_running_stats):
+        buffers = None, None, None
+    return ConvBN(
+        conv.weight, bn.weight, bn.bias, *buffers, geometry, bn.eps, bn.momentum, batch_stats, _sync_group(bn)
+    )
+
+
+class FusedBlock(nn.Module):
+    """What the residual blocks share: `LAYERS` names the (convolution, BatchNorm, activation) children in order; any
+    other child than `downsample` must be an identity for the block to be fused."""
+
+    LAYERS: tuple[tuple[str, str, str], ...] = ()
+
+    def unfused_reason(self) -> str | None:
+        """Why this block runs its children one by one; None if it is fused."""
+        for name, child in self._modules.items():
+            if child is None or name == "downsample" or any(name in layer for layer in self.LAYERS):
+                continue
+            if type(child) is not nn.Identity:
+                return f"{name} is a {type(child).__name__}"
+        for conv, bn, act in self.LAYERS:
+            reason = conv_bn_reason(self._modules[conv], self._modules[bn])
+            if reason is not None:
+                return f"{conv}, {bn}: {reason}"
+            activation = self._modules[act]
+            if type(activation) is not nn.ReLU:
+                return f"{act} is {type(activation).__name__}, not exactly nn.ReLU"
+            if _touched(activation) is not None:
+                return f"{act} {_touched(activation)}"
+        return None
+
+    def _projection(self) -> tuple[nn.Module, nn.Module] | None:
+        """(conv, bn) of a downsample that is exactly those two; None for any other, which is called as it is."""
+        down = self.downsample
+        if type(down) is nn.Sequential and len(down) == 2 and _touched(down) is None:
+            conv, bn = down
+            if conv_bn_reason(conv, bn) is None:
+                return conv, bn
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inplanes, H, W] -> [N, planes * expansion, H / stride, W / stride]; channels_last when fused."""
+        if self.unfused_reason() is not None:
+            return self.forward_unfused(x)
+        units = [conv_bn(self._modules[conv], self._modules[bn]) for conv, bn, _ in self.LAYERS]
+        if self.downsample is None:
+            return functional.residual_block(x, units)
+        projection = self._projection()
+        if projection is not None:
+            return functional.residual_block(x, units, conv_bn(*projection))
+        return functional.residual_block(x, units, residual=self.downsample(x))
+
+    def forward_unfused(self, x: Tensor) -> Tensor:
+        """The same block as separate calls of its children."""
+        out = x
+        *inner, last = [[self._modules[name] for name in layer] for layer in self.LAYERS]
+        for conv, bn, act in inner:
+            out = act(bn(conv(out)))
+        conv, bn, act = last
+        return act(bn(conv(out)) + (x if self.downsample is None else self.downsample(x)))
+
+    def zero_init_last(self) -> None:
+        """Zero the last BatchNorm's weight, so that the block starts as an identity (timm calls this)."""
+        bn = self._modules[self.LAYERS[-1][1]]
+        if getattr(bn, "weight", None) is not None:
+            nn.init.zeros_(bn.weight)
+
+
+def _conv(inplanes, planes, kernel_size, stride=1, groups=1, dilation=1, **factory) -> nn.Conv2d:
     padding = dilation * (kernel_size // 2)
     return nn.Conv2d(
         inplanes, planes, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=False, **factory
     )
 
 
-class FusedBasicBlock(nn.Module):
+_TIMM_DEFAULTS = {
+    "reduce_first": 1, "act_layer": nn.ReLU, "attn_layer": None, "aa_layer": None, "drop_block": None, "drop_path": None,
+}  # fmt: skip
+
+
+def _timm_keywords(block: str, keywords: dict[str, Any]) -> tuple[int | None, int | None, dict[str, Any]]:
+    """What timm's ResNet passes besides torchvision's arguments: (cardinality, first_dilation, factory keywords).
+
+    Raises ValueError for an option that needs another block than the plain one, TypeError for an unknown keyword.
+    """
+    keywords = dict(keywords)
+    factory = {k: v for k in ("device", "dtype") if (v := keywords.pop(k, None)) is not None}
+    cardinality, first_dilation = keywords.pop("cardinality", None), keywords.pop("first_dilation", None)
+    for name, value in keywords.items():
+        if name not in _TIMM_DEFAULTS:
+            raise TypeError(f"{block}: unexpected argument {name!r}")
+        if value is not _TIMM_DEFAULTS[name] and value != _TIMM_DEFAULTS[name]:
+            raise ValueError(f"{block}: {name} must be {_TIMM_DEFAULTS[name]!r}, got {value!r}; use timm's own block")
+    return cardinality, first_dilation, factory
+
+
+class FusedBasicBlock(FusedBlock):
+    """Residual block of two 3x3 convolutions, relu(BN(conv2(relu(BN(conv1(x))))) + shortcut(x)), fused.
+
+    Constructor, children and state_dict are those of torchvision's BasicBlock; timm's keyword arguments are accepted
+    where they ask for the plain block. Source: He et al. 2015, figure 5 left.
+
+    Raises:
+        ValueError: groups other than 1 or base_width other than 64.
+        NotImplementedError: dilation above 1.
+    """
+
     expansion: int = 1
+    LAYERS = (("conv1", "bn1", "relu"), ("conv2", "bn2", "relu"))
 
     def __init__(
         self,
@@ -28,25 +193,37 @@ class FusedBasicBlock(nn.Module):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] | None = None,
+        **timm_keywords: Any,
     ) -> None:
         super().__init__()
+        cardinality, first_dilation, factory = _timm_keywords("FusedBasicBlock", timm_keywords)
+        groups, dilation = cardinality or groups, max(dilation, first_dilation or 1)
         norm_layer = norm_layer or nn.BatchNorm2d
-        self.conv1 = _conv(inplanes, planes, 3, stride)
-        self.bn1 = norm_layer(planes)
+        if groups != 1 or base_width != 64:
+            raise ValueError(
+                f"FusedBasicBlock only supports groups=1 and base_width=64, got groups={groups}, base_width={base_width}"
+            )
+        if dilation > 1:
+            raise NotImplementedError(f"FusedBasicBlock: dilation must be 1, got {dilation}")
+        self.conv1 = _conv(inplanes, planes, 3, stride, **factory)
+        self.bn1 = norm_layer(planes, **factory)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = _conv(planes, planes, 3)
-        self.bn2 = norm_layer(planes)
+        self.conv2 = _conv(planes, planes, 3, **factory)
+        self.bn2 = norm_layer(planes, **factory)
         self.downsample = downsample
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
 
+class FusedBottleneck(FusedBlock):
+    """Residual block of 1x1, 3x3 and 1x1 convolutions, fused; the stride is on the 3x3 (ResNet v1.5).
 
-class FusedBottleneck(nn.Module):
+    Constructor, children and state_dict are those of torchvision's Bottleneck, width = int(planes * base_width / 64) *
+    groups; timm's keyword arguments are accepted where they ask for the plain block. Source: He et al. 2015, figure 5
+    right; groups from Xie et al. 2017, wide variants from Zagoruyko and Komodakis 2016.
+    """
+
     expansion: int = 4
+    LAYERS = (("conv1", "bn1", "relu"), ("conv2", "bn2", "relu"), ("conv3", "bn3", "relu"))
 
     def __init__(
         self,
@@ -58,22 +235,91 @@ class FusedBottleneck(nn.Module):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] | None = None,
+        **timm_keywords: Any,
     ) -> None:
         super().__init__()
+        cardinality, first_dilation, factory = _timm_keywords("FusedBottleneck", timm_keywords)
+        groups, dilation = cardinality or groups, first_dilation or dilation
         norm_layer = norm_layer or nn.BatchNorm2d
         width = int(planes * (base_width / 64.0)) * groups
-        self.conv1 = _conv(inplanes, width, 1)
-        self.bn1 = norm_layer(width)
-        self.conv2 = _conv(width, width, 3, stride, groups, dilation)
-        self.bn2 = norm_layer(width)
-        self.conv3 = _conv(width, planes * self.expansion, 1)
-        self.bn3 = norm_layer(planes * self.expansion)
+        self.conv1 = _conv(inplanes, width, 1, **factory)
+        self.bn1 = norm_layer(width, **factory)
+        self.conv2 = _conv(width, width, 3, stride, groups, dilation, **factory)
+        self.bn2 = norm_layer(width, **factory)
+        self.conv3 = _conv(width, planes * self.expansion, 1, **factory)
+        self.bn3 = norm_layer(planes * self.expansion, **factory)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return self.relu(torch.add(out, x if self.downsample is None else self.downsample(x)))
+
+class FusedConvBNAct(nn.Module):
+    """relu?(BN(conv(x)) + residual) with children `conv`, `bn`, `act`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation, groups: as in nn.Conv2d, without bias.
+        padding: default dilation * (kernel_size - 1) / 2, which keeps the size at stride 1 and odd kernels.
+        act: False for no ReLU.
+        norm_layer: default nn.BatchNorm2d.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: int = 1,
+        act: bool = True,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        padding = dilation * (kernel_size - 1) // 2 if padding is None else padding
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=False
+        )
+        self.bn = (norm_layer or nn.BatchNorm2d)(out_channels)
+        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
+
+    def unfused_reason(self) -> str | None:
+        """Why this module runs its children one by one; None if it is fused."""
+        reason = conv_bn_reason(self.conv, self.bn)
+        if reason is None and type(self.act) not in (nn.ReLU, nn.Identity):
+            reason = f"act is {type(self.act).__name__}, not exactly nn.ReLU or nn.Identity"
+        if reason is None and _touched(self.act) is not None:
+            reason = f"act {_touched(self.act)}"
+        return reason
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [N, in_channels, H, W], residual of the output's shape or None."""
+        if self.unfused_reason() is None:
+            return functional.conv_bn_act(x, conv_bn(self.conv, self.bn), residual, type(self.act) is nn.ReLU)
+        out = self.bn(self.conv(x))
+        return self.act(out if residual is None else out + residual)
+
+
+def stem_reason(conv: nn.Module, bn: nn.Module, relu: nn.Module, pool: nn.Module) -> str | None:
+    """Why these four cannot be one fused stem, None if they can: the pool must be 3x3, stride 2, padding 1."""
+    reason = conv_bn_reason(conv, bn)
+    if reason is not None:
+        return reason
+    if type(relu) is not nn.ReLU:
+        return f"{type(relu).__name__} is not exactly nn.ReLU"
+    if type(pool) is not nn.MaxPool2d:
+        return f"{type(pool).__name__} is not exactly nn.MaxPool2d"
+    shape = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
+    if shape != (3, 2, 1, 1, False, False):
+        return "the pool is not 3x3 with stride 2 and padding 1"
+    for child in (relu, pool):
+        if _touched(child) is not None:
+            return f"{type(child).__name__} {_touched(child)}"
+    return None
+
+
+def forward_stem(conv: nn.Module, bn: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
+    """pool(relu(bn(conv(x)))), fused if `stem_reason` finds nothing against it; the four stay usable one by one."""
+    if stem_reason(conv, bn, relu, pool) is None:
+        return functional.stem(x, conv_bn(conv, bn))
+    return pool(relu(bn(conv(x))))

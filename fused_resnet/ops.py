@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import plan as planning
 from . import reference
-from .plan import Plan, Problem, statistics_chunks
+from .plan import Plan, Problem, statistics_rows
 from .reference import Deferred, Geometry, Gradient, Running
 
 _LIBRARY = torch.library.Library("fused_resnet", "DEF")
@@ -43,9 +43,7 @@ def record(callback: Callable[[Problem, Plan], None], device: planning.Device | 
 @lru_cache
 def _cuda_device(index: int) -> planning.Device:
     card = torch.cuda.get_device_properties(index)
-    return planning.Device(
-        card.major * 10 + card.minor, card.multi_processor_count, card.shared_memory_per_block_optin
-    )
+    return planning.Device(card.major * 10 + card.minor, card.multi_processor_count, card.shared_memory_per_block_optin)
 
 
 def device_of(x: Tensor, impl: str) -> planning.Device | None:
@@ -101,18 +99,16 @@ def _operator(schema: str):
     return define
 
 
-def _one_row_per_chunk(rows: Tensor, like: Tensor) -> Tensor:
+def _one_row_per_chunk(rows: Tensor) -> Tensor:
     """Give reference statistics [1, R, C] the kernels' shape [T, R, C]; the added rows count nothing."""
-    chunks = statistics_chunks(like.shape[0] * like.shape[2] * like.shape[3])[0]
-    if rows.shape[0] == chunks:
-        return rows
-    return torch.cat((rows, rows.new_zeros(chunks - rows.shape[0], *rows.shape[1:])))
+    missing = statistics_rows(rows.shape[2]) - rows.shape[0]
+    return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
 
 
 def _sums(result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
     """An operator cannot return None: no sums are an empty tensor."""
     y, sums = result
-    return y, y.new_empty(0) if sums is None else _one_row_per_chunk(sums, y)
+    return y, y.new_empty(0) if sums is None else _one_row_per_chunk(sums)
 
 
 def _deferred(c: Tensor | None, bn: Tensor | None) -> Deferred | None:
@@ -136,7 +132,7 @@ def _(select, x, bn_in, w, stride, padding, dilation, groups, impl):
     geometry = Geometry(stride, padding, dilation, groups)
     run = select("conv_stats", impl, x, geometry, w.shape, bn_in is not None, "stats")
     c, partials = run(Deferred(x, bn_in), w, geometry)
-    return c, _one_row_per_chunk(partials, c)
+    return c, _one_row_per_chunk(partials)
 
 
 @_operator(
@@ -219,8 +215,8 @@ def _(select, dy, c, bn, impl):
 def _(select, dout, mask, c, bn, shortcut, bn_shortcut, impl):
     run = select("join_sums", impl, c)
     sums, sums_shortcut = run(dout, mask, Deferred(c, bn), Deferred(shortcut, bn_shortcut))
-    empty = sums.new_empty(0) if sums_shortcut is None else _one_row_per_chunk(sums_shortcut, c)
-    return _one_row_per_chunk(sums, c), empty
+    empty = sums.new_empty(0) if sums_shortcut is None else _one_row_per_chunk(sums_shortcut)
+    return _one_row_per_chunk(sums), empty
 
 
 @_operator("relu_grad(Tensor dout, Tensor mask, str impl) -> Tensor")

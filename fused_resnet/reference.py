@@ -206,9 +206,7 @@ def conv_stats(a: Deferred, w: Tensor, geometry: Geometry) -> tuple[Tensor, Tens
     return c, channel_partials(c)
 
 
-def conv_affine(
-    a: Deferred, w: Tensor, bn: Tensor, residual: Tensor | None, relu: bool, geometry: Geometry
-) -> Tensor:
+def conv_affine(a: Deferred, w: Tensor, bn: Tensor, residual: Tensor | None, relu: bool, geometry: Geometry) -> Tensor:
     """out = relu?(conv(a, w) * scale + shift + residual), rounded once; [N, K, P, Q] in the dtype of a."""
     out = affine(F.conv2d(_activation(a), w, None, *geometry), bn)
     if residual is not None:
