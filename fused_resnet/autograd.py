@@ -335,7 +335,7 @@ class _Chain(torch.autograd.Function):
     def forward(ctx, x, residual, units, shortcut, options, *parameters):
         out, saved = chain_forward(x, residual, units, shortcut, options)
         ctx.save_for_backward(*saved.tensors())
-        bare = {field: None for field in ConvBN._fields[:6]}
+        bare = dict.fromkeys(ConvBN._fields[:6])
         ctx.units = [unit._replace(**bare) for unit in units]
         ctx.shortcut = None if shortcut is None else shortcut._replace(**bare)
         ctx.options = options
@@ -365,7 +365,7 @@ class _Stem(torch.autograd.Function):
         deferred = _conv_bn(unit, Deferred(x), w_cast, impl)
         y, index = _op.bn_act_pool(*deferred, impl)
         ctx.save_for_backward(x, w_cast, *deferred, index)
-        ctx.unit = unit._replace(**{field: None for field in ConvBN._fields[:6]})
+        ctx.unit = unit._replace(**dict.fromkeys(ConvBN._fields[:6]))
         ctx.impl = impl
         ctx.dtypes = [None if p is None else p.dtype for p in (w, gamma, beta)]
         return y
@@ -452,7 +452,8 @@ def _scheme(units: Sequence[ConvBN], shortcut: ConvBN | None, options: Options, 
     )
     if options.scheme == "moments" and not possible:
         raise planning.Unsupported(
-            'scheme="moments" needs two or more convolutions, the last one 1x1 of stride 1, and an identity or 1x1 shortcut'
+            'scheme="moments" needs two or more convolutions, the last one 1x1 of stride 1, '
+            "and an identity or 1x1 shortcut"
         )
     if options.scheme != "auto":
         return options.scheme

@@ -61,7 +61,8 @@ def _check_unit(name: str, unit: ConvBN, x: Tensor, shape: tuple[int, ...], auto
         raise ValueError(f"{name}.geometry.groups: must divide the {c} input and {k} output channels, got {groups}")
     if w.shape[1] * groups != c:
         raise ValueError(
-            f"{name}.w: shape {tuple(w.shape)} with groups={groups} reads {w.shape[1] * groups} channels, the input has {c}"
+            f"{name}.w: shape {tuple(w.shape)} with groups={groups} reads {w.shape[1] * groups} channels, "
+            f"the input has {c}"
         )
     if w.device != x.device:
         raise ValueError(f"{name}.w: on {w.device}, but the input is on {x.device}; move them to one device")

@@ -19,7 +19,7 @@ from .ops import Geometry
 
 
 def _is_frozen_bn(module: nn.Module) -> bool:
-    """torchvision's FrozenBatchNorm2d: BatchNorm of which all four vectors are buffers (recognised without importing)."""
+    """torchvision's FrozenBatchNorm2d, whose four vectors are all buffers; recognised without an import."""
     cls = type(module)
     return cls.__name__ == "FrozenBatchNorm2d" and cls.__module__.startswith("torchvision.")
 
@@ -54,7 +54,7 @@ def conv_bn_reason(conv: nn.Module, bn: nn.Module) -> str | None:
 
 
 def _sync_group(bn: nn.Module) -> str:
-    """Name of the process group that shares the statistics, "" where there is nothing to share (as in nn.SyncBatchNorm)."""
+    """Name of the process group that shares the statistics; "" where nn.SyncBatchNorm would not share any."""
     distributed = torch.distributed
     if type(bn) is not nn.SyncBatchNorm or not bn.training:
         return ""
@@ -149,8 +149,13 @@ def _conv(inplanes, planes, kernel_size, stride=1, groups=1, dilation=1, **facto
 
 
 _TIMM_DEFAULTS = {
-    "reduce_first": 1, "act_layer": nn.ReLU, "attn_layer": None, "aa_layer": None, "drop_block": None, "drop_path": None,
-}  # fmt: skip
+    "reduce_first": 1,
+    "act_layer": nn.ReLU,
+    "attn_layer": None,
+    "aa_layer": None,
+    "drop_block": None,
+    "drop_path": None,
+}
 
 
 def _timm_keywords(block: str, keywords: dict[str, Any]) -> tuple[int | None, int | None, dict[str, Any]]:
@@ -201,7 +206,8 @@ class FusedBasicBlock(FusedBlock):
         norm_layer = norm_layer or nn.BatchNorm2d
         if groups != 1 or base_width != 64:
             raise ValueError(
-                f"FusedBasicBlock only supports groups=1 and base_width=64, got groups={groups}, base_width={base_width}"
+                "FusedBasicBlock only supports groups=1 and base_width=64, "
+                f"got groups={groups}, base_width={base_width}"
             )
         if dilation > 1:
             raise NotImplementedError(f"FusedBasicBlock: dilation must be 1, got {dilation}")

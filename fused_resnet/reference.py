@@ -315,7 +315,7 @@ def bn_act_pool(a: Deferred) -> tuple[Tensor, Tensor]:
 
 
 def channel_sums(g: Tensor, c: Tensor, bn: Tensor) -> Tensor:
-    """(sum g, sum g * xhat) of each channel, xhat = (c - mean) * rstd: [1, 2, C]; the kernels return a row per chunk."""
+    """(sum g, sum g * xhat) of each channel, xhat = (c - mean) * rstd: [1, 2, C]; kernels return a row per chunk."""
     g = g.to(bn.dtype)
     xhat = (c.to(bn.dtype) - _per_channel(bn[MEAN])) * _per_channel(bn[RSTD])
     return torch.stack((g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3)))).unsqueeze(0)
@@ -453,7 +453,7 @@ def conv1x1_dgrad_moments(
 
 
 def bn_act_pool_backward(dy: Tensor, index: Tensor, a: Deferred) -> tuple[Tensor, Tensor]:
-    """Backward of `bn_act_pool`: each dy goes to its window's winning tap, then through the ReLU; with `channel_sums`."""
+    """Backward of `bn_act_pool`: each dy goes to its window's winning tap, then through the ReLU; and `channel_sums`."""
     n, c, h, w = a.c.shape
     rows = torch.arange(dy.shape[2], device=dy.device).view(-1, 1) * 2 - 1 + index // 3
     cols = torch.arange(dy.shape[3], device=dy.device) * 2 - 1 + index % 3
