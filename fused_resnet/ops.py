@@ -56,13 +56,13 @@ def device_of(x: Tensor, impl: str) -> planning.Device | None:
         except ImportError:
             return None
         if triton.knobs.runtime.interpret:
-            return planning.Device.default(90)
+            return planning.Device.of(90)
     return None
 
 
 def _problem(name: str, x: Tensor, geometry=None, w_shape=None, prologue: bool = False, epilogue: str = "") -> Problem:
     n, c, height, width = x.shape
-    k, _, r, s = w_shape or (c, c, 0, 0)
+    k, _, r, s = w_shape or (c, c, 1, 1)
     geometry = geometry or Geometry()
     return Problem(
         name, n, height, width, c, k, r, s, *map(tuple, geometry[:3]), geometry.groups,
@@ -77,6 +77,24 @@ def _select(name: str, impl: str, x: Tensor, *details):
         module = importlib.import_module(f".kernels.{chosen.module}", __package__)
         return partial(getattr(module, chosen.launch), plan=chosen)
     return getattr(reference, name)
+
+
+def plan_block(name: str, impl: str, x: Tensor, convolutions: list[tuple[Tensor, Geometry]], kind: str) -> Plan:
+    """Whether a whole block or stem runs as fused operators or as the library's.
+
+    Its problem carries the kernel, groups and dilation of the largest convolution, the product of the strides, the last
+    one's output channels, and in `epilogue` the kind ("training" or "inference", and the shortcut) and each convolution.
+    """
+    largest, geometry = max(convolutions, key=lambda pair: pair[0].shape[2])
+    stride = max(g.stride for _, g in convolutions)
+    shape = (convolutions[-1][0].shape[0], *largest.shape[1:])
+    chain = " ".join(f"{w.shape[2]}x{w.shape[3]}-{w.shape[0]}" for w, _ in convolutions)
+    problem = _problem(name, x, geometry._replace(stride=stride), shape, False, f"{kind} {chain}")
+    if _recorder is not None:
+        chosen = planning.plan_block(problem, _record_device, impl)
+        _recorder(problem, chosen)
+        return chosen
+    return planning.plan_block(problem, device_of(x, impl), impl)
 
 
 def _select_fake(name: str, impl: str, x: Tensor, *details):

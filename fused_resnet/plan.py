@@ -1,11 +1,14 @@
 """Stand-in until the planner lands."""
 
-from dataclasses import dataclass
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 
 class Unsupported(RuntimeError):
     pass
+
+
+ARCHITECTURES = (80, 86, 89, 90, 100)
 
 
 @dataclass(frozen=True)
@@ -13,6 +16,10 @@ class Device:
     arch: int
     sm_count: int
     smem_bytes: int
+
+    @classmethod
+    def of(cls, arch):
+        return cls(arch, 132, 227 * 1024)
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,8 @@ def plan_for(problem, device, impl):
     return Plan("reference")
 
 
-def block_backend(device_type, impl):
-    return "library" if impl == "auto" else "chain"
+def plan_block(problem, device, impl):
+    return Plan("library", "") if impl == "auto" else Plan(impl, "asked for")
 
 
 _impl = "auto"
@@ -71,7 +78,6 @@ def resolve_impl(impl):
 
 
 def statistics_rows(channels):
-    """Rows of a statistics workspace [T, 3, C] or [T, 2, C]: a function of C alone, so that traced shapes stay static."""
     return max(64, min(512, 65536 // (1 << (channels - 1).bit_length())))
 
 
