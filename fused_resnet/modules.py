@@ -17,7 +17,6 @@ from . import functional
 from .autograd import ConvBN
 from .ops import Geometry
 
-
 UNFUSED = "switched off by unfuse()"
 
 
