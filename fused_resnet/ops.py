@@ -82,7 +82,7 @@ def _select(name: str, impl: str, x: Tensor, *details):
 def plan_block(name: str, impl: str, x: Tensor, convolutions: list[tuple[Tensor, Geometry]], kind: str) -> Plan:
     """Whether a whole block or stem runs as fused operators or as the library's.
 
-    Its problem carries kernel, groups and dilation of the largest convolution, the block's stride, the last one's output
+    Its problem carries kernel, groups and dilation of the largest convolution, the stride, the last one's output
     channels, and in `epilogue` the kind ("training" or "inference", and the shortcut) and every convolution.
     """
     largest, geometry = max(convolutions, key=lambda pair: pair[0].shape[2])
