@@ -2,6 +2,7 @@
 
 from .autograd import ConvBN
 from .convert import fuse, unfuse
+from .costs import Cost, Profile, profile
 from .explain import Explanation, Record, explain
 from .functional import conv_bn_act, residual_block, stem
 from .graphs import capture, capture_step
@@ -12,11 +13,13 @@ from .plan import Unsupported, current_impl, use
 __version__ = "0.1.0"
 __all__ = [
     "ConvBN",
+    "Cost",
     "Explanation",
     "FusedBasicBlock",
     "FusedBottleneck",
     "FusedConvBNAct",
     "Geometry",
+    "Profile",
     "Record",
     "Unsupported",
     "capture",
@@ -25,6 +28,7 @@ __all__ = [
     "current_impl",
     "explain",
     "fuse",
+    "profile",
     "residual_block",
     "stem",
     "unfuse",

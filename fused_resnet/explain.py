@@ -1,21 +1,17 @@
-"""`explain(model, x)`: which implementation runs each layer, and why, without running it.
+"""`explain(model, x)`: which implementation runs each layer, and why, without running it and without its card.
 
-The model is walked once, forward and (in training mode) backward, on meta tensors: shapes without data, so a planned
-card need not be there. Fused operators report their problem and plan; any other leaf module is the library's.
+Fused operators report their problem and plan; any other leaf module is the library's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
 from . import ops, plan
-from .modules import FusedBlock, FusedConvBNAct
+from .tracing import LayerTracker, run_on_meta
 
 
 @dataclass(frozen=True)
@@ -71,56 +67,6 @@ def device_for(arch: str | None) -> plan.Device | None:
     return plan.Device.of(int(number))
 
 
-def _reason_unfused(module: nn.Module) -> str | None:
-    return module.unfused_reason() if isinstance(module, (FusedBlock, FusedConvBNAct)) else None
-
-
-@contextmanager
-def _module_hooks(model: nn.Module, records: Explanation) -> Iterator[list[str]]:
-    """Keep the name of the module that runs on top of the returned stack, in forward and backward, and record leaves.
-
-    The hooks are global ones: a hook of its own would make a module ineligible for fusing.
-    """
-    names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
-    unfused: list[str] = []
-    stack = [type(model).__name__]
-    labelled = set()
-
-    def label(tensor, name: str) -> None:
-        """Name the layer in backward: the autograd node that made `tensor` puts it on the stack before it runs."""
-        node = tensor.grad_fn if isinstance(tensor, Tensor) else None
-        if node is not None and node not in labelled:
-            labelled.add(node)
-            node.register_prehook(lambda _: stack.__setitem__(slice(None), [name]))
-
-    def enter(module, inputs):
-        if inputs:
-            label(inputs[0], stack[-1])
-        stack.append(names.get(id(module), type(module).__name__))
-        reason = _reason_unfused(module)
-        if reason is not None:
-            unfused.append(f"{stack[-1]} runs unfused: {reason}")
-        if not any(True for _ in module.children()) and inputs and isinstance(inputs[0], Tensor):
-            shape = "x".join(map(str, inputs[0].shape)) + f" {str(inputs[0].dtype).removeprefix('torch.')}"
-            why = unfused[-1] if unfused else "not part of a fused unit"
-            records.append(Record(stack[-1], type(module).__name__, shape, "library", why))
-
-    def leave(module, inputs, output):
-        label(output, stack.pop())
-        if _reason_unfused(module) is not None:
-            unfused.pop()
-
-    handles = (
-        global_hooks.register_module_forward_pre_hook(enter),
-        global_hooks.register_module_forward_hook(leave),
-    )
-    try:
-        yield stack
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def explain(model: nn.Module, x: Tensor, *, arch: str | None = None, impl: str | None = None) -> Explanation:
     """Which implementation runs each layer of `model` on an input like `x`, and why: a list that prints as a table.
 
@@ -135,20 +81,17 @@ def explain(model: nn.Module, x: Tensor, *, arch: str | None = None, impl: str |
     """
     device = device_for(arch)
     records = Explanation()
-    state = {
-        name: torch.empty_like(tensor, dtype=x.dtype if tensor.is_floating_point() else None, device="meta")
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
-    state |= {name: state[name].requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
 
-    with plan.use(plan.resolve_impl(impl)), _module_hooks(model, records) as stack:
+    def leaf(layer: str, module: nn.Module, value: Tensor, unfused: str | None) -> None:
+        shape = "x".join(map(str, value.shape)) + f" {str(value.dtype).removeprefix('torch.')}"
+        reason = unfused or "not part of a fused unit"
+        records.append(Record(layer, type(module).__name__, shape, "library", reason))
+
+    with plan.use(plan.resolve_impl(impl)), LayerTracker(model, leaf) as tracker:
 
         def note(problem: plan.Problem, chosen: plan.Plan) -> None:
-            records.append(Record(stack[-1], problem.op, describe(problem), chosen.backend, chosen.reason))
+            records.append(Record(tracker.layer, problem.op, describe(problem), chosen.backend, chosen.reason))
 
-        with ops.record(note, device), torch.set_grad_enabled(model.training):
-            out = torch.func.functional_call(model, state, (torch.empty_like(x, device="meta"),))
-            tensors = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
-            if model.training and tensors:
-                sum(t.sum() for t in tensors).backward()
+        with ops.record(note, device):
+            run_on_meta(model, x)
     return records
