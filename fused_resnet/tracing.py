@@ -1,4 +1,4 @@
-"""Walk a model on meta tensors, shapes without data, knowing at any moment which layer runs: for `explain`, `profile`."""
+"""Walk a model on meta tensors, shapes without data, and know which layer runs: for `explain` and `profile`."""
 
 from __future__ import annotations
 
