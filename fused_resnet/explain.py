@@ -39,7 +39,7 @@ class Explanation(list[Record]):
 def describe(problem: plan.Problem) -> str:
     """A problem in one cell: shapes, kernel, dtype, what is fused in front and behind."""
     text = f"{problem.n}x{problem.h}x{problem.w}x{problem.c}"
-    if problem.k != problem.c or (problem.r, problem.s) != (1, 1):
+    if problem.k != problem.c or problem.r:
         text += f" -> {problem.k}, {problem.r}x{problem.s}"
     if problem.stride != (1, 1):
         text += f" /{problem.stride[0]}"
@@ -64,7 +64,7 @@ def device_for(arch: str | None) -> plan.Device | None:
     if not number.isdigit() or int(number) not in plan.ARCHITECTURES:
         known = ", ".join(f"sm{a}" for a in plan.ARCHITECTURES)
         raise ValueError(f"arch: expected one of {known}, got {arch!r}")
-    return plan.Device.of(int(number))
+    return plan.Device.default(int(number))
 
 
 def explain(model: nn.Module, x: Tensor, *, arch: str | None = None, impl: str | None = None) -> Explanation:

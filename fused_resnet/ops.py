@@ -56,13 +56,13 @@ def device_of(x: Tensor, impl: str) -> planning.Device | None:
         except ImportError:
             return None
         if triton.knobs.runtime.interpret:
-            return planning.Device.of(90)
+            return planning.Device.default(90)
     return None
 
 
 def _problem(name: str, x: Tensor, geometry=None, w_shape=None, prologue: bool = False, epilogue: str = "") -> Problem:
     n, c, height, width = x.shape
-    k, _, r, s = w_shape or (c, c, 1, 1)
+    k, _, r, s = w_shape or (c, c, 0, 0)
     geometry = geometry or Geometry()
     return Problem(
         name, n, height, width, c, k, r, s, *map(tuple, geometry[:3]), geometry.groups,

@@ -1,0 +1,79 @@
+"""Triton kernels, one file per family, and the host-side checks their launch functions share.
+
+A launch function receives tensors, NamedTuples by field name and a Plan; it checks what would make the kernel read
+out of bounds, allocates its outputs and returns them. It chooses nothing, and autograd does not pass through it.
+
+Activations are [N, C, H, W] in channels_last memory, which the kernels see as rows [N*H*W, C]. This module needs
+PyTorch only; Triton is imported by the family modules, when one of their operators first runs.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+_CHANNELS_LAST = torch.channels_last
+
+
+def require_rows(name: str, x: Tensor) -> Tensor:
+    """Return ``x`` if it is 4-D in dense channels_last memory, which kernels read as rows [N*H*W, C]; ValueError."""
+    if x.dim() != 4 or not x.is_contiguous(memory_format=_CHANNELS_LAST):
+        raise ValueError(f"{name} must be [N, C, H, W] in dense channels_last memory; got strides {x.stride()}")
+    return x
+
+
+def require_like(name: str, x: Tensor, like: Tensor) -> Tensor:
+    """`require_rows`, and the shape and dtype of ``like``."""
+    if x.shape != like.shape or x.dtype != like.dtype:
+        raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}; expected {tuple(like.shape)} {like.dtype}")
+    return require_rows(name, x)
+
+
+def require_vectors(name: str, x: Tensor, rows: int, channels: int) -> Tensor:
+    """Return ``x`` if it is a contiguous fp32 [rows, channels] table of per-channel vectors; ValueError."""
+    if x.shape != (rows, channels) or x.dtype != torch.float32 or not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous fp32 [{rows}, {channels}]; got {tuple(x.shape)} {x.dtype}")
+    return x
+
+
+def require_partials(name: str, x: Tensor, rows: int) -> Tensor:
+    """Return ``x`` if it is a contiguous fp32 [T, rows, C] table of partial sums; ValueError."""
+    if x.dim() != 3 or x.shape[1] != rows or x.dtype != torch.float32 or not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous fp32 [T, {rows}, C]; got {tuple(x.shape)} {x.dtype}")
+    return x
+
+
+def require_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """Return ``mask`` if it holds the ReLU bits of ``like``: contiguous uint8 [N, H, W, ceil(C/8)]; ValueError."""
+    n, c, h, w = like.shape
+    if mask.shape != (n, h, w, -(-c // 8)) or mask.dtype != torch.uint8 or not mask.is_contiguous():
+        raise ValueError(f"mask must be contiguous uint8 {(n, h, w, -(-c // 8))}; got {tuple(mask.shape)} {mask.dtype}")
+    return mask
+
+
+def empty_rows(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
+    """An uninitialised activation [N, C, H, W] in channels_last memory, dtype and device of ``like``."""
+    return torch.empty((n, c, h, w), dtype=like.dtype, device=like.device, memory_format=_CHANNELS_LAST)
+
+
+def empty_mask(like: Tensor) -> Tensor:
+    """Uninitialised ReLU bits of ``like``, uint8 [N, H, W, ceil(C/8)]."""
+    n, c, h, w = like.shape
+    return torch.empty((n, h, w, -(-c // 8)), dtype=torch.uint8, device=like.device)
+
+
+def on_device_of(x: Tensor):
+    """A context in which Triton launches on the device of ``x``, whatever the current one is."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """Precision of a fp32 dot, "tf32" or "ieee", as PyTorch's switch for convolutions says; "ieee" for 16 bit."""
+    if dtype != torch.float32:
+        return "ieee"
+    switch = torch.backends.cudnn.conv.fp32_precision
+    if switch == "none":
+        switch = torch.backends.cudnn.fp32_precision
+    return "tf32" if switch == "tf32" else "ieee"

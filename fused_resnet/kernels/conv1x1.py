@@ -1,0 +1,315 @@
+"""1x1 convolution with its neighbours: deferred BatchNorm + ReLU on load, statistics or affine + residual + ReLU after.
+
+A 1x1 convolution in channels_last memory is a GEMM over pixels, acc[m, n] = sum_k a[m, k] w[n, k], with
+
+    a [M, K]  rows of the input; with a prologue relu(a * scale_a + shift_a), zero out of range **after** the affine
+    w [N, K]  the weight [N, K, 1, 1] as it lies in memory
+    M         output pixels n * P * Q; with a stride the row of the input is found by pixel arithmetic
+
+and one of two epilogues on the fp32 accumulators:
+
+    statistics  c = acc, cast; partials[t] = (count, mean, M2) of acc over chunk t of consecutive pixels
+    affine      out = acc * scale + shift  [+ residual | + (x_s w_s) * scale_s + shift_s]  [relu], cast; mask = out > 0
+
+The second GEMM of the affine epilogue is a downsample. Its scale differs from the main one per output channel, so
+the two sides keep accumulators of their own: folding the scales into 16-bit weights would round them.
+
+Precision: products of the operands' dtype, fp32 accumulation; fp32 operands as TF32 if PyTorch's switch for
+convolutions allows it. Bits do not depend on the grid: every output is written by one program, in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import (
+    empty_mask,
+    empty_rows,
+    input_precision,
+    on_device_of,
+    require_like,
+    require_rows,
+    require_vectors,
+)
+from .epilogue import (
+    BN_SCALE,
+    BN_SHIFT,
+    affine,
+    load_vector,
+    merge_statistics,
+    relu,
+    store_mask,
+    tile_statistics,
+)
+
+
+@triton.jit
+def _input_rows(rows, in_h, in_w, out_h, out_w, STRIDE: tl.constexpr):
+    """int64 input pixel of each output pixel ``rows`` [M]. Pixel counts stay below 2^31, element counts may not."""
+    if STRIDE == 1:
+        return rows.to(tl.int64)
+    image = rows // (out_h * out_w)
+    p = rows // out_w % out_h
+    q = rows % out_w
+    return ((image * in_h + p * STRIDE) * in_w + q * STRIDE).to(tl.int64)
+
+
+@triton.jit
+def _gemm_tile(
+    a_ptr,
+    a_bn_ptr,
+    w_ptr,
+    a_rows,
+    valid_rows,
+    cols,
+    gemm_n,
+    gemm_k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """acc [BLOCK_M, BLOCK_N] = relu(bn(a))[a_rows, :] w[cols, :]^T in fp32; a_bn_ptr None: no prologue."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    a_row_ptr = a_ptr + a_rows[:, None] * gemm_k  # [BLOCK_M, 1]
+    w_row_ptr = w_ptr + cols.to(tl.int64)[:, None] * gemm_k  # [BLOCK_N, 1]
+    for k0 in range(0, gemm_k, BLOCK_K):
+        depth = k0 + tl.arange(0, BLOCK_K)
+        valid = valid_rows[:, None] & (depth < gemm_k)[None, :]
+        a = tl.load(a_row_ptr + depth[None, :], mask=valid, other=0.0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(w_row_ptr + depth[None, :], mask=(cols < gemm_n)[:, None] & (depth < gemm_k)[None, :], other=0.0)
+        if a_bn_ptr is not None:
+            scale = load_vector(a_bn_ptr, BN_SCALE, gemm_k, depth)
+            shift = load_vector(a_bn_ptr, BN_SHIFT, gemm_k, depth)
+            a = tl.where(valid, relu(affine(a.to(tl.float32), scale, shift)), 0.0).to(w.dtype)
+        acc = tl.dot(a, tl.trans(w), acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def _conv1x1_fwd_kernel(
+    a_ptr,  # [pixels in, gemm_k]
+    a_bn_ptr,  # [5, gemm_k] fp32 | None
+    w_ptr,  # [gemm_n, gemm_k]
+    out_ptr,  # [gemm_m, gemm_n]
+    partials_ptr,  # [chunks, 3, gemm_n] fp32 | None: affine epilogue
+    bn_ptr,  # [5, gemm_n] fp32 | None: statistics epilogue
+    residual_ptr,  # [gemm_m, gemm_n] | None
+    mask_ptr,  # [gemm_m, ceil(gemm_n / 8)] uint8 | None
+    shortcut_ptr,  # [shortcut pixels, shortcut_k] | None: no second GEMM
+    shortcut_w_ptr,  # [gemm_n, shortcut_k] | None
+    shortcut_bn_ptr,  # [5, gemm_n] fp32 | None
+    gemm_m,
+    gemm_n,
+    gemm_k,
+    shortcut_k,
+    in_h,  # of the strided input: the shortcut if there is a second GEMM, else a
+    in_w,
+    out_h,
+    out_w,
+    chunk_pixels,  # pixels of a program, a multiple of BLOCK_M
+    STRIDE: tl.constexpr,
+    RELU: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Programs that read the same pixels are neighbours, so all but the first find them in L2.
+    tiles_n = tl.cdiv(gemm_n, BLOCK_N)
+    chunk = tl.program_id(0) // tiles_n
+    first_col = tl.program_id(0) % tiles_n * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
+    start = chunk * chunk_pixels
+    stop = tl.minimum(start + chunk_pixels, gemm_m)
+
+    count = 0.0
+    mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    m2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for row0 in range(start, stop, BLOCK_M):
+        rows = row0 + tl.arange(0, BLOCK_M)
+        valid_rows = rows < stop
+        if shortcut_ptr is None:
+            a_rows = _input_rows(rows, in_h, in_w, out_h, out_w, STRIDE)
+        else:
+            a_rows = rows.to(tl.int64)
+        acc = _gemm_tile(
+            a_ptr,
+            a_bn_ptr,
+            w_ptr,
+            a_rows,
+            valid_rows,
+            cols,
+            gemm_n,
+            gemm_k,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            INPUT_PRECISION,
+        )
+        elements = rows.to(tl.int64)[:, None] * gemm_n + cols[None, :]  # [BLOCK_M, BLOCK_N]
+        valid = valid_rows[:, None] & (cols < gemm_n)[None, :]
+        if partials_ptr is not None:
+            tile_count = tl.minimum(stop - row0, BLOCK_M).to(tl.float32)
+            tile_mean, tile_m2 = tile_statistics(acc, valid_rows, tile_count)
+            count, mean, m2 = merge_statistics(count, mean, m2, tile_count, tile_mean, tile_m2)
+        if bn_ptr is not None:
+            acc = affine(acc, load_vector(bn_ptr, BN_SCALE, gemm_n, cols), load_vector(bn_ptr, BN_SHIFT, gemm_n, cols))
+        if residual_ptr is not None:
+            acc += tl.load(residual_ptr + elements, mask=valid, other=0.0).to(tl.float32)
+        if shortcut_ptr is not None:
+            side = _gemm_tile(
+                shortcut_ptr,
+                None,
+                shortcut_w_ptr,
+                _input_rows(rows, in_h, in_w, out_h, out_w, STRIDE),
+                valid_rows,
+                cols,
+                gemm_n,
+                shortcut_k,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                INPUT_PRECISION,
+            )
+            acc += affine(
+                side,
+                load_vector(shortcut_bn_ptr, BN_SCALE, gemm_n, cols),
+                load_vector(shortcut_bn_ptr, BN_SHIFT, gemm_n, cols),
+            )
+        if RELU:
+            acc = relu(acc)
+        tl.store(out_ptr + elements, acc.to(out_ptr.dtype.element_ty), mask=valid)
+        if mask_ptr is not None:
+            store_mask(mask_ptr, acc > 0, rows, stop, first_col, gemm_n, BLOCK_M, BLOCK_N)
+
+    if partials_ptr is not None:
+        row_ptr = partials_ptr + chunk.to(tl.int64) * 3 * gemm_n + cols
+        tl.store(row_ptr, tl.zeros((BLOCK_N,), dtype=tl.float32) + count, mask=cols < gemm_n)
+        tl.store(row_ptr + gemm_n, mean, mask=cols < gemm_n)
+        tl.store(row_ptr + 2 * gemm_n, m2, mask=cols < gemm_n)
+
+
+def _check_geometry(geometry) -> int:
+    """The stride of a 1x1 convolution without padding or groups; ValueError for any other geometry."""
+    stride, padding = tuple(geometry.stride), tuple(geometry.padding)
+    if padding != (0, 0) or geometry.groups != 1 or stride[0] != stride[1]:
+        raise ValueError(f"not a plain 1x1 convolution: {geometry}")
+    return stride[0]
+
+
+def _check_operands(name: str, x, w) -> None:
+    require_rows(name, x)
+    if tuple(w.shape[1:]) != (x.shape[1], 1, 1) or w.dtype != x.dtype or not w.flatten(1).is_contiguous():
+        raise ValueError(f"weight of {name} is {tuple(w.shape)} {w.dtype}; expected [N, {x.shape[1]}, 1, 1] {x.dtype}")
+
+
+def _launch(a, w, out, plan, *, stride=1, partials=None, bn=None, residual=None, mask=None, relu=False, side=None):
+    """Launch the kernel on checked operands. ``side``: (x_s, w_s, bn_s) of a second GEMM, strided by ``stride``."""
+    n, gemm_k, in_h, in_w = a.c.shape
+    gemm_n, out_h, out_w = out.shape[1:]
+    gemm_m = n * out_h * out_w
+    side_x, side_w, side_bn = side or (None, None, None)
+    if side is not None:
+        in_h, in_w = side_x.shape[2:]
+    config = plan.config
+    if partials is None:
+        chunks, chunk_pixels = triton.cdiv(gemm_m, config.block_m), config.block_m
+    else:
+        chunks, chunk_pixels = partials.shape[0], plan.chunk_pixels(gemm_m, partials.shape[0])
+    if chunks * chunk_pixels >= 2**31 or n * in_h * in_w >= 2**31:
+        raise ValueError(f"{gemm_m} output pixels: pixel indices are 32-bit")
+    grid = (chunks * triton.cdiv(gemm_n, config.block_n),)
+    if grid[0] == 0:
+        return
+    with on_device_of(out):
+        _conv1x1_fwd_kernel[grid](
+            a.c,
+            a.bn,
+            w,
+            out,
+            partials,
+            bn,
+            residual,
+            mask,
+            side_x,
+            side_w,
+            side_bn,
+            gemm_m,
+            gemm_n,
+            gemm_k,
+            0 if side is None else side_x.shape[1],
+            in_h,
+            in_w,
+            out_h,
+            out_w,
+            chunk_pixels,
+            STRIDE=stride,
+            RELU=relu,
+            INPUT_PRECISION=input_precision(a.c.dtype),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+def _output(a, w, stride: int):
+    n, _, h, w_in = a.c.shape
+    return empty_rows(n, w.shape[0], (h - 1) // stride + 1, (w_in - 1) // stride + 1, a.c)
+
+
+def launch_conv1x1_stats(a, w, geometry, plan):
+    """c = conv1x1(relu(bn(a))) and its channel statistics.
+
+    a: Deferred(c [N, K, H, W], bn [5, K] | None); w [N_out, K, 1, 1]. Returns (c [N, N_out, P, Q] in a's dtype,
+    partials [T, 3, N_out] fp32: count, mean and M2 of the accumulators over each chunk of pixels).
+    """
+    stride = _check_geometry(geometry)
+    _check_operands("a", a.c, w)
+    if a.bn is not None:
+        require_vectors("a.bn", a.bn, 5, a.c.shape[1])
+    out = _output(a, w, stride)
+    partials = torch.empty((plan.statistics_rows(w.shape[0]), 3, w.shape[0]), dtype=torch.float32, device=out.device)
+    _launch(a, w, out, plan, stride=stride, partials=partials)
+    return out, partials
+
+
+def launch_conv1x1_affine(a, w, bn, residual, relu, geometry, plan):
+    """out = conv1x1(relu(bn(a))) * scale + shift [+ residual] [relu]; residual [N, N_out, P, Q] or None."""
+    stride = _check_geometry(geometry)
+    _check_operands("a", a.c, w)
+    if a.bn is not None:
+        require_vectors("a.bn", a.bn, 5, a.c.shape[1])
+    require_vectors("bn", bn, 5, w.shape[0])
+    out = _output(a, w, stride)
+    if residual is not None:
+        require_like("residual", residual, out)
+    _launch(a, w, out, plan, stride=stride, bn=bn, residual=residual, relu=relu)
+    return out
+
+
+def launch_conv1x1_join(a, w, bn, shortcut, w_shortcut, bn_shortcut, stride_shortcut, plan):
+    """out = relu(conv1x1(relu(bn(a))) * scale + shift + s), and the ReLU bits of out.
+
+    s is ``shortcut`` itself (w_shortcut None) or conv1x1(shortcut[::stride]) * scale_s + shift_s. Returns
+    (out [N, N_out, H, W], mask uint8 [N, H, W, ceil(N_out / 8)]).
+    """
+    _check_operands("a", a.c, w)
+    if a.bn is not None:
+        require_vectors("a.bn", a.bn, 5, a.c.shape[1])
+    require_vectors("bn", bn, 5, w.shape[0])
+    out = _output(a, w, 1)
+    mask = empty_mask(out)
+    if w_shortcut is None:
+        _launch(a, w, out, plan, bn=bn, residual=require_like("shortcut", shortcut, out), mask=mask, relu=True)
+        return out, mask
+    _check_operands("shortcut", shortcut, w_shortcut)
+    require_vectors("bn_shortcut", bn_shortcut, 5, w.shape[0])
+    h, w_in = ((extent - 1) // stride_shortcut + 1 for extent in shortcut.shape[2:])
+    if (shortcut.shape[0], w_shortcut.shape[0], h, w_in) != tuple(out.shape) or shortcut.dtype != out.dtype:
+        raise ValueError(f"shortcut {tuple(shortcut.shape)} does not lead to {tuple(out.shape)}")
+    side = (shortcut, w_shortcut, bn_shortcut)
+    _launch(a, w, out, plan, stride=stride_shortcut, bn=bn, mask=mask, relu=True, side=side)
+    return out, mask

@@ -1,0 +1,79 @@
+"""Pieces that several Triton kernels share: affine, ReLU, channel statistics, and ReLU bits.
+
+Tiles are [M pixels, N channels], fp32 unless said otherwise.
+"""
+
+import triton
+import triton.language as tl
+
+# Rows of a `bn` table [5, C]: mean, rstd, scale, shift, inv_count. Rows of a `coef` table [3, C]: A, B, C.
+BN_MEAN = tl.constexpr(0)
+BN_RSTD = tl.constexpr(1)
+BN_SCALE = tl.constexpr(2)
+BN_SHIFT = tl.constexpr(3)
+BN_INV_COUNT = tl.constexpr(4)
+
+
+@triton.jit
+def load_vector(table_ptr, row, channels, cols):
+    """Row ``row`` of a [R, channels] fp32 table at the channels ``cols`` [N]; 0 beyond the last channel."""
+    return tl.load(table_ptr + row * channels + cols, mask=cols < channels, other=0.0)
+
+
+@triton.jit
+def affine(x, scale, shift):
+    """x [M, N] * scale [N] + shift [N]."""
+    return x * scale[None, :] + shift[None, :]
+
+
+@triton.jit
+def relu(x):
+    """max(x, 0); a NaN stays a NaN, as in PyTorch, so that a broken input is not silently turned into zeros."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def tile_statistics(x, valid, count):
+    """Mean [N] and M2 [N] = sum (x - mean)^2 over the ``count`` rows of x [M, N] marked in ``valid`` [M].
+
+    Two passes over registers: E[x^2] - E[x]^2 would cancel for a channel whose mean is far from zero.
+    """
+    mean = tl.sum(tl.where(valid[:, None], x, 0.0), axis=0) / count
+    deviation = tl.where(valid[:, None], x - mean[None, :], 0.0)  # [M, N]
+    return mean, tl.sum(deviation * deviation, axis=0)
+
+
+@triton.jit
+def merge_statistics(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+    """(count, mean, M2) of the union of two sets (Chan, Golub and LeVeque, 1979); an empty set is (0, 0, 0)."""
+    count = count_a + count_b
+    delta = mean_b - mean_a
+    weight = count_b / tl.maximum(count, 1.0)
+    return count, mean_a + delta * weight, m2_a + m2_b + delta * delta * (count_a * weight)
+
+
+@triton.jit
+def store_mask(
+    mask_ptr, positive, rows, row_limit, first_channel, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Store the bits ``positive`` [BLOCK_M, BLOCK_N]: bit i of byte j of a row is channel 8 * j + i."""
+    bytes_per_row = (channels + 7) // 8
+    cols = first_channel + tl.arange(0, BLOCK_N)
+    bits = (positive & (cols < channels)[None, :]).to(tl.int32)
+    weights = 1 << (tl.arange(0, BLOCK_N) % 8)
+    packed = tl.sum(tl.reshape(bits * weights[None, :], (BLOCK_M, BLOCK_N // 8, 8)), axis=2)  # [BLOCK_M, BLOCK_N // 8]
+    byte = first_channel // 8 + tl.arange(0, BLOCK_N // 8)
+    pointers = mask_ptr + rows.to(tl.int64)[:, None] * bytes_per_row + byte[None, :]
+    tl.store(pointers, packed.to(tl.uint8), mask=(rows < row_limit)[:, None] & (byte < bytes_per_row)[None, :])
+
+
+@triton.jit
+def load_mask(mask_ptr, rows, row_limit, cols, channels):
+    """The bits of `store_mask` as booleans [M, N]; False out of range.
+
+    Eight neighbouring lanes read the same byte: the cache serves them, and no layout has to change.
+    """
+    bytes_per_row = (channels + 7) // 8
+    valid = (rows < row_limit)[:, None] & (cols < channels)[None, :]
+    packed = tl.load(mask_ptr + rows.to(tl.int64)[:, None] * bytes_per_row + (cols // 8)[None, :], mask=valid, other=0)
+    return ((packed >> (cols % 8).to(tl.uint8)[None, :]) & 1) != 0

@@ -1,0 +1,110 @@
+"""For tests and benchmarks alone: shapes, random inputs, the error budget, and poisoned allocations.
+
+A kernel is right when its error against float64 is at most twice that of plain PyTorch at the same precision, plus
+rounding; a fixed tolerance would either hide a loss of precision or fail on honest rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# (images, input channels, height, width, output channels, stride) of 1x1 convolutions that break careless indexing:
+# channel counts that are no multiple of 8, odd maps, one pixel, one image, several chunks of statistics.
+POINTWISE_SHAPES = (
+    (2, 35, 7, 5, 65, 1),
+    (1, 64, 9, 9, 32, 2),
+    (3, 16, 1, 1, 24, 1),
+    (1, 65, 3, 11, 35, 2),
+    (2, 32, 17, 17, 16, 1),
+)
+# (images, channels, height, width) for elementwise passes.
+MAP_SHAPES = ((2, 35, 7, 5), (1, 64, 9, 9), (3, 8, 1, 1), (2, 65, 17, 17))
+
+
+def random_activation(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    mean: float = 0.5,
+    std: float = 1.0,
+    device: str = "cpu",
+) -> Tensor:
+    """A [N, C, H, W] activation in channels_last memory whose channels are correlated and have means of their own.
+
+    Independent channels with mean zero would hide a wrong covariance and a wrong mean.
+    """
+    n, c, h, w = shape
+    rows = torch.randn(n * h * w, c, generator=generator, dtype=torch.float64)
+    common = torch.randn(n * h * w, 1, generator=generator, dtype=torch.float64)
+    means = mean * (1 + 0.5 * torch.randn(c, generator=generator, dtype=torch.float64))
+    x = (rows + common) * (std / 2**0.5) + means
+    return x.view(n, h, w, c).permute(0, 3, 1, 2).to(device, dtype)
+
+
+def random_weight(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, device: str = "cpu"
+) -> Tensor:
+    """A convolution weight [N, K, R, S] with He scaling, in channels_last memory."""
+    fan_in = shape[1] * shape[2] * shape[3]
+    w = torch.randn(shape, generator=generator, dtype=torch.float64) * (2.0 / fan_in) ** 0.5
+    return w.to(device, dtype).contiguous(memory_format=torch.channels_last)
+
+
+def random_affine(channels: int, generator: torch.Generator, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """gamma and beta [C], fp32, with a negative and a zero gamma among them."""
+    gamma = torch.randn(channels, generator=generator) * 0.5 + 1
+    gamma[0] = -0.7
+    gamma[channels // 2] = 0.0
+    return gamma.to(device), torch.randn(channels, generator=generator).to(device)
+
+
+def random_bn(c: Tensor, generator: torch.Generator, frozen: bool = False, eps: float = 1e-5) -> Tensor:
+    """The bn vectors [5, C] (fp32) of an activation's own statistics under a random gamma and beta."""
+    var, mean = torch.var_mean(c.double(), (0, 2, 3), correction=0)
+    gamma, beta = (v.double().to(c.device) for v in random_affine(c.shape[1], generator))
+    rstd = (var + eps).rsqrt()
+    inv_count = torch.full_like(mean, 0.0 if frozen else c.shape[1] / c.numel())
+    return torch.stack((mean, rstd, gamma * rstd, beta - mean * gamma * rstd, inv_count)).float()
+
+
+def assert_within_budget(got: Tensor, ref64: Tensor, lowprec: Tensor, what: str = "result") -> None:
+    """Assert error(got) <= 2 * (error(lowprec) + rounding), errors against ``ref64``, in maximum and in norm.
+
+    ``lowprec`` is plain PyTorch's answer at the precision of the kernel. Rounding is one unit of got's dtype at the
+    size of the reference. For maps [N, C, H, W] the border pixels are checked once more on their own, where a mistake
+    in padding would drown among the interior.
+    """
+    assert got.shape == ref64.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(ref64.shape)}"
+    assert torch.isfinite(got).all(), f"{what}: {(~torch.isfinite(got)).sum()} values are not finite"
+    regions = [("", (...,))]
+    if got.dim() == 4 and min(got.shape[2:]) > 2:
+        edges = ((..., 0, slice(None)), (..., -1, slice(None)), (..., 0), (..., -1))
+        regions += [(f" at border {i}", edge) for i, edge in enumerate(edges)]
+    eps = torch.finfo(got.dtype).eps
+    for where, index in regions:
+        ref = ref64[index].double()
+        error, peer = got[index].double() - ref, lowprec[index].double() - ref
+        for name, size in (("maximum", lambda t: t.abs().max()), ("norm", torch.linalg.vector_norm)):
+            limit = 2 * (size(peer) + eps * size(ref))
+            assert size(error) <= limit, f"{what}{where}: {name} error {size(error):.3e}, limit {limit:.3e}"
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Fill every uninitialised tensor with NaN (integers: their largest value) while the block runs.
+
+    What a kernel forgets to write, or reads before writing, then shows.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -1,0 +1,48 @@
+"""Without a CUDA device the Triton kernels run in the interpreter, and tests marked ``gpu`` are skipped."""
+
+import os
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    # Triton reads it when a kernel is defined, so it has to be there before the first import of one.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    if not HAS_CUDA:
+        skip = pytest.mark.skip(reason="no CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def poison():
+    """Uninitialised memory holds NaN for the duration of the test."""
+    from fused_resnet.testing import poisoned_allocations
+
+    with poisoned_allocations():
+        yield
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device():
+    return "cuda" if HAS_CUDA else "cpu"
+
+
+@pytest.fixture
+def no_tf32():
+    """fp32 convolutions in fp32, so that their error budget is that of fp32."""
+    switch = torch.backends.cudnn.conv
+    before = switch.fp32_precision
+    switch.fp32_precision = "ieee"
+    yield
+    switch.fp32_precision = before

@@ -1,0 +1,175 @@
+"""The 1x1 convolution kernels against float64, in Triton's interpreter or on the GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_resnet import reference
+from fused_resnet.plan import Device, Plan, Problem, TileConfig, triton_plan
+from fused_resnet.reference import Deferred, Geometry
+from fused_resnet.testing import (
+    POINTWISE_SHAPES,
+    assert_within_budget,
+    random_activation,
+    random_bn,
+    random_weight,
+)
+
+conv1x1 = pytest.importorskip("fused_resnet.kernels.conv1x1", reason="needs Triton", exc_type=ImportError)
+
+pytestmark = [
+    pytest.mark.usefixtures("poison", "no_tf32"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning:triton"),
+]
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+PLAN = Plan("triton", TileConfig(16, 32, 16, 4, 2), "test")
+# Statistics have a program for each of up to 512 rows, used or not: wider tiles keep the interpreter's time down.
+STATS_PLAN = Plan("triton", TileConfig(32, 64, 16, 4, 2), "test")
+
+
+def inputs(shape, dtype, generator, device, prologue, **statistics):
+    """(deferred input, weight, bn of the output, geometry) of a 1x1 convolution."""
+    n, c, h, w, k, stride = shape
+    x = random_activation((n, c, h, w), dtype, generator, device=device, **statistics)
+    a = Deferred(x, random_bn(x, generator) if prologue else None)
+    weight = random_weight((k, c, 1, 1), dtype, generator, device)
+    geometry = Geometry((stride, stride))
+    raw = F.conv2d(activation64(a), weight.double(), stride=stride)
+    return a, weight, random_bn(raw, generator), geometry
+
+
+def double(*tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+def activation64(a):
+    """relu(c * scale + shift) in float64, rounded as the convolution's operand is."""
+    return a.c.double() if a.bn is None else reference.bn_act(a, True).double()
+
+
+def merged(partials):
+    return reference.merge_partials(partials.double())[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("shape", POINTWISE_SHAPES)
+def test_stats(shape, prologue, dtype, generator, device):
+    a, w, _, geometry = inputs(shape, dtype, generator, device, prologue)
+    c, partials = conv1x1.launch_conv1x1_stats(a, w, geometry, STATS_PLAN)
+    ref, ref_partials = reference.conv_stats(Deferred(*double(*a)), w.double(), geometry)
+    low, low_partials = reference.conv_stats(a, w, geometry)
+    assert c.dtype == dtype and c.is_contiguous(memory_format=torch.channels_last)
+    assert_within_budget(c, ref, low, "c")
+    assert partials.shape == (PLAN.statistics_rows(w.shape[0]), 3, w.shape[0])
+    got, want, peer = merged(partials), ref_partials[0], low_partials[0].double()
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=0)
+    assert_within_budget(got[1].float(), want[1], peer[1], "mean")
+    assert_within_budget(got[2].float(), want[2], peer[2], "M2")
+
+
+def test_stats_across_chunks_and_tiles(generator, device):
+    """16640 pixels of 1040 channels: 64 rows of statistics cover 512 pixels each, so some are short and some empty."""
+    a, w, _, geometry = inputs((1, 4, 130, 128, 1040, 1), torch.float32, generator, device, False)
+    plan = Plan("triton", TileConfig(256, 128, 16, 4, 2), "test")
+    c, partials = conv1x1.launch_conv1x1_stats(a, w, geometry, plan)
+    counts = partials[:, 0, 0]
+    assert counts.tolist() == [512.0] * 32 + [256.0] + [0.0] * 31
+    assert (partials[33:] == 0).all()
+    rows = c.permute(0, 2, 3, 1).reshape(-1, 1040)
+    for row in (0, 17, 32):
+        chunk = rows[512 * row : 512 * row + int(counts[row])].double()
+        torch.testing.assert_close(partials[row, 1].double(), chunk.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            partials[row, 2].double(), (chunk - chunk.mean(0)).square().sum(0), rtol=1e-5, atol=0
+        )
+
+
+def test_statistics_do_not_cancel(generator, device):
+    """Channels with mean 100 and standard deviation 0.1: E[x^2] - E[x]^2 in fp32 would lose every digit."""
+    x = random_activation((4, 32, 9, 9), torch.float32, generator, mean=100.0, std=0.1, device=device)
+    identity = torch.eye(32, device=device).view(32, 32, 1, 1)
+    _, partials = conv1x1.launch_conv1x1_stats(Deferred(x), identity, Geometry(), STATS_PLAN)
+    var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    _, got_mean, got_m2 = merged(partials)
+    torch.testing.assert_close(got_mean, mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got_m2 / (4 * 81), var, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", POINTWISE_SHAPES[:4])
+def test_affine(shape, residual, relu, dtype, generator, device):
+    a, w, bn, geometry = inputs(shape, dtype, generator, device, prologue=relu)
+    low = reference.conv_affine(a, w, bn, None, False, geometry)
+    side = random_activation(tuple(low.shape), dtype, generator, device=device) if residual else None
+    out = conv1x1.launch_conv1x1_affine(a, w, bn, side, relu, geometry, PLAN)
+    low = reference.conv_affine(a, w, bn, side, relu, geometry)
+    ref = reference.conv_affine(Deferred(*double(*a)), *double(w, bn, side), relu, geometry)
+    assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+    assert_within_budget(out, ref, low)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("downsample", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(2, 35, 7, 5, 65, 1), (1, 16, 3, 3, 32, 1), (3, 24, 1, 1, 20, 1)])
+def test_join(shape, downsample, prologue, dtype, generator, device):
+    a, w, bn, _ = inputs(shape, dtype, generator, device, prologue)
+    n, _, h, width, k, _ = shape
+    side_shape = (n, k, h, width)
+    w_side = bn_side = None
+    if downsample:
+        side_shape = (n, 19, downsample * h, downsample * width - (downsample - 1))
+        side, w_side, bn_side, _ = inputs((*side_shape, k, downsample), dtype, generator, device, False)
+        side = side.c
+    else:
+        side = random_activation(side_shape, dtype, generator, device=device)
+    stride = max(1, downsample)
+    out, mask = conv1x1.launch_conv1x1_join(a, w, bn, side, w_side, bn_side, stride, PLAN)
+    low, _ = reference.conv1x1_join(a, w, bn, side, w_side, bn_side, stride)
+    ref, _ = reference.conv1x1_join(Deferred(*double(*a)), *double(w, bn, side, w_side, bn_side), stride)
+    assert_within_budget(out, ref, low)
+    # Every bit as the output says; a value may be too small for 16 bits, so only bits of visible values are sure.
+    bits = reference.unpack_mask(mask, k)
+    assert bits[out > 0].all() and (out[bits] >= 0).all() and not (bits & (ref < -1e-3)).any()
+    torch.testing.assert_close(mask, reference.pack_mask(bits), rtol=0, atol=0)
+
+
+def test_bits_repeat_and_do_not_depend_on_the_channel_tile(generator, device):
+    a, w, _, geometry = inputs((2, 35, 7, 5, 65, 1), torch.float16, generator, device, True)
+    first = conv1x1.launch_conv1x1_stats(a, w, geometry, STATS_PLAN)
+    again = conv1x1.launch_conv1x1_stats(a, w, geometry, STATS_PLAN)
+    assert all(torch.equal(p, q) for p, q in zip(first, again))
+
+
+def test_heuristic_tiles_give_the_same_answer(generator, device):
+    a, w, bn, geometry = inputs((2, 64, 17, 17, 128, 1), torch.float16, generator, device, True)
+    problem = Problem("conv_affine", 2, 17, 17, 64, 128, 1, 1, dtype="float16", prologue=True, epilogue="affine")
+    plan = triton_plan(problem, None, Device.default(90), "test")
+    out = conv1x1.launch_conv1x1_affine(a, w, bn, None, True, geometry, plan)
+    ref = reference.conv_affine(Deferred(*double(*a)), *double(w, bn), None, True, geometry)
+    assert_within_budget(out, ref, reference.conv_affine(a, w, bn, None, True, geometry))
+
+
+def test_nan_in_nan_out(generator, device):
+    """A ReLU that turns NaN into 0 would hide a diverged run."""
+    a, w, bn, geometry = inputs((1, 16, 3, 3, 16, 1), torch.float32, generator, device, True)
+    a.c[0, 3, 1, 1] = float("nan")
+    out = conv1x1.launch_conv1x1_affine(a, w, bn, None, True, geometry, PLAN)
+    assert out[0, :, 1, 1].isnan().all() and not out[0, :, 0, 0].isnan().any()
+
+
+def test_wrong_arguments_are_named(generator, device):
+    a, w, bn, geometry = inputs((1, 16, 4, 3, 32, 1), torch.float32, generator, device, False)
+    with pytest.raises(ValueError, match="channels_last"):
+        conv1x1.launch_conv1x1_stats(Deferred(a.c.contiguous()), w, geometry, PLAN)
+    with pytest.raises(ValueError, match="weight of a"):
+        conv1x1.launch_conv1x1_stats(a, w[:, :8], geometry, PLAN)
+    with pytest.raises(ValueError, match="not a plain 1x1"):
+        conv1x1.launch_conv1x1_stats(a, w, Geometry(padding=(1, 1)), PLAN)
+    with pytest.raises(ValueError, match="bn must be"):
+        conv1x1.launch_conv1x1_affine(a, w, bn[:, :5], None, True, geometry, PLAN)
+    with pytest.raises(ValueError, match="residual"):
+        conv1x1.launch_conv1x1_affine(a, w, bn, a.c, True, geometry, PLAN)
