@@ -88,6 +88,7 @@ class FusedBlock(nn.Module):
 
     LAYERS: tuple[tuple[str, str, str], ...] = ()
     fused: bool = True
+    identity: bool = True  # whether a block without `downsample` adds its input
 
     def unfused_reason(self) -> str | None:
         """Why this block runs its children one by one; None if it is fused."""
@@ -126,7 +127,7 @@ class FusedBlock(nn.Module):
             return self.forward_unfused(x)
         units = [conv_bn(self._modules[conv], self._modules[bn]) for conv, bn, _ in self.LAYERS]
         if self.downsample is None:
-            return functional.residual_block(x, units)
+            return functional.residual_block(x, units, identity=self.identity)
         projection = self._projection()
         if projection is not None:
             return functional.residual_block(x, units, conv_bn(*projection))
@@ -139,7 +140,10 @@ class FusedBlock(nn.Module):
         for conv, bn, act in inner:
             out = act(bn(conv(out)))
         conv, bn, act = last
-        return act(bn(conv(out)) + (x if self.downsample is None else self.downsample(x)))
+        out = bn(conv(out))
+        if self.downsample is not None:
+            return act(out + self.downsample(x))
+        return act(out + x if self.identity else out)
 
     def zero_init_last(self) -> None:
         """Zero the last BatchNorm's weight, so that the block starts as an identity (timm calls this)."""
