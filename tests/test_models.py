@@ -46,9 +46,8 @@ def test_initialisation_draws_the_same_numbers(name, zero_init_residual):
 def test_logits_gradients_and_statistics_equal_torchvision(name, impl):
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, name)(num_classes=5)
-    if "101" in name or "152" in name:  # the same blocks as in the 50-layer one, more often: two of each stage will do
-        for stage in ("layer1", "layer2", "layer3", "layer4"):
-            setattr(theirs, stage, getattr(theirs, stage)[:2])
+    for stage in ("layer1", "layer2", "layer3", "layer4"):  # the blocks behind the second repeat it
+        setattr(theirs, stage, getattr(theirs, stage)[:2])
     ours = copy.deepcopy(theirs)
     blocks = {"BasicBlock": fused_resnet.FusedBasicBlock, "Bottleneck": fused_resnet.FusedBottleneck}
     for module in ours.modules():
@@ -150,7 +149,7 @@ def test_cifar_parameters_are_the_papers(depth, millions):
     [("resnet18", 1.814), ("resnet34", 3.664), ("resnet50", 4.089), ("resnet101", 7.801), ("resnet152", 11.514)],
 )
 def test_multiply_adds(name, billions):
-    """The paper says 1.8, 3.6, 3.8, 7.6 and 11.3; in v1.5 the stride of a bottleneck is on the 3x3, so more is computed."""
+    """The paper says 1.8, 3.6, 3.8, 7.6 and 11.3; v1.5 has a bottleneck's stride on the 3x3 and computes more."""
     with torch.device("meta"):
         model, x = getattr(fused_resnet, name)().eval(), torch.empty(1, 3, 224, 224)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
