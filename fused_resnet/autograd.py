@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
 from . import plan as planning
 from .ops import Deferred, Geometry, Gradient
 from .reference import channels_last
@@ -472,8 +473,12 @@ def run_chain(
     parameters = [p for unit in everyone for p in (unit.w, unit.gamma, unit.beta)]
     training = _wants_gradients((x, residual, *parameters)) or any(unit.batch_stats for unit in everyone)
     chained = any(unit.batch_stats and (unit.sync or unit.momentum is None) for unit in everyone)
-    if not chained and planning.block_backend(x.device.type, options.impl) == "library":
-        return _chain_library(x, residual, units, shortcut, options)
+    if not chained:
+        side = "projection" if shortcut is not None else "identity" if options.identity else "none"
+        kind = f"{'training' if training else 'inference'} {side if residual is None else 'residual'}"
+        convolutions = [(unit.w, unit.geometry) for unit in units]
+        if ops.plan_block("residual_block", options.impl, x, convolutions, kind).backend == "library":
+            return _chain_library(x, residual, units, shortcut, options)
     x = channels_last(x)
     residual = None if residual is None else channels_last(residual)
     if not training:
@@ -486,8 +491,11 @@ def run_stem(x: Tensor, unit: ConvBN, impl: str) -> Tensor:
     """Pick the path for a checked stem: max_pool(relu(BN(conv(x))), 3, stride 2, padding 1)."""
     options = Options(identity=False, relu=True, scheme="stored", impl=impl)
     parameters = unit.w, unit.gamma, unit.beta
-    chained = unit.batch_stats and (unit.sync or unit.momentum is None)
-    library = not chained and planning.block_backend(x.device.type, impl) == "library"
-    if x.shape[0] == 0 or library or not (unit.batch_stats or _wants_gradients((x, *parameters))):
-        return F.max_pool2d(run_chain(x, None, [unit], None, options), 3, 2, 1)
-    return _Stem.apply(channels_last(x), unit, impl, *parameters)
+    if x.shape[0] and (unit.batch_stats or _wants_gradients((x, *parameters))):
+        fused = unit.batch_stats and (unit.sync or unit.momentum is None)
+        if not fused:
+            fused = ops.plan_block("stem", impl, x, [(unit.w, unit.geometry)], "training").backend != "library"
+        if fused:
+            return _Stem.apply(channels_last(x), unit, impl, *parameters)
+        return F.max_pool2d(_chain_library(x, None, [unit], None, options), 3, 2, 1)
+    return F.max_pool2d(run_chain(x, None, [unit], None, options), 3, 2, 1)

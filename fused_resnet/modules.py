@@ -17,6 +17,8 @@ from . import functional
 from .autograd import ConvBN
 from .ops import Geometry
 
+UNFUSED = "switched off by unfuse()"
+
 
 def _is_frozen_bn(module: nn.Module) -> bool:
     """torchvision's FrozenBatchNorm2d, whose four vectors are all buffers; recognised without an import."""
@@ -85,9 +87,13 @@ class FusedBlock(nn.Module):
     other child than `downsample` must be an identity for the block to be fused."""
 
     LAYERS: tuple[tuple[str, str, str], ...] = ()
+    fused: bool = True
+    identity: bool = True  # whether a block without `downsample` adds its input
 
     def unfused_reason(self) -> str | None:
         """Why this block runs its children one by one; None if it is fused."""
+        if not self.fused:
+            return UNFUSED
         for name, child in self._modules.items():
             if child is None or name == "downsample" or any(name in layer for layer in self.LAYERS):
                 continue
@@ -107,7 +113,9 @@ class FusedBlock(nn.Module):
     def _projection(self) -> tuple[nn.Module, nn.Module] | None:
         """(conv, bn) of a downsample that is exactly those two; None for any other, which is called as it is."""
         down = self.downsample
-        if type(down) is nn.Sequential and len(down) == 2 and _touched(down) is None:
+        # `fuse` may have swapped the Sequential's own class, too.
+        plain = getattr(type(down), "ORIGINAL", type(down)) is nn.Sequential
+        if plain and len(down) == 2 and _touched(down) is None:
             conv, bn = down
             if conv_bn_reason(conv, bn) is None:
                 return conv, bn
@@ -119,7 +127,7 @@ class FusedBlock(nn.Module):
             return self.forward_unfused(x)
         units = [conv_bn(self._modules[conv], self._modules[bn]) for conv, bn, _ in self.LAYERS]
         if self.downsample is None:
-            return functional.residual_block(x, units)
+            return functional.residual_block(x, units, identity=self.identity)
         projection = self._projection()
         if projection is not None:
             return functional.residual_block(x, units, conv_bn(*projection))
@@ -132,7 +140,10 @@ class FusedBlock(nn.Module):
         for conv, bn, act in inner:
             out = act(bn(conv(out)))
         conv, bn, act = last
-        return act(bn(conv(out)) + (x if self.downsample is None else self.downsample(x)))
+        out = bn(conv(out))
+        if self.downsample is not None:
+            return act(out + self.downsample(x))
+        return act(out + x if self.identity else out)
 
     def zero_init_last(self) -> None:
         """Zero the last BatchNorm's weight, so that the block starts as an identity (timm calls this)."""
@@ -269,6 +280,8 @@ class FusedConvBNAct(nn.Module):
         norm_layer: default nn.BatchNorm2d.
     """
 
+    fused: bool = True
+
     def __init__(
         self,
         in_channels: int,
@@ -291,7 +304,7 @@ class FusedConvBNAct(nn.Module):
 
     def unfused_reason(self) -> str | None:
         """Why this module runs its children one by one; None if it is fused."""
-        reason = conv_bn_reason(self.conv, self.bn)
+        reason = conv_bn_reason(self.conv, self.bn) if self.fused else UNFUSED
         if reason is None and type(self.act) not in (nn.ReLU, nn.Identity):
             reason = f"act is {type(self.act).__name__}, not exactly nn.ReLU or nn.Identity"
         if reason is None and _touched(self.act) is not None:

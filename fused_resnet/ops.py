@@ -79,6 +79,24 @@ def _select(name: str, impl: str, x: Tensor, *details):
     return getattr(reference, name)
 
 
+def plan_block(name: str, impl: str, x: Tensor, convolutions: list[tuple[Tensor, Geometry]], kind: str) -> Plan:
+    """Whether a whole block or stem runs as fused operators or as the library's.
+
+    Its problem carries kernel, groups and dilation of the largest convolution, the stride, the last one's output
+    channels, and in `epilogue` the kind ("training" or "inference", and the shortcut) and every convolution.
+    """
+    largest, geometry = max(convolutions, key=lambda pair: pair[0].shape[2])
+    stride = max(g.stride for _, g in convolutions)
+    shape = (convolutions[-1][0].shape[0], *largest.shape[1:])
+    chain = " ".join(f"{w.shape[2]}x{w.shape[3]}-{w.shape[0]}" for w, _ in convolutions)
+    problem = _problem(name, x, geometry._replace(stride=stride), shape, False, f"{kind} {chain}")
+    if _recorder is not None:
+        chosen = planning.plan_block(problem, _record_device, impl)
+        _recorder(problem, chosen)
+        return chosen
+    return planning.plan_block(problem, device_of(x, impl), impl)
+
+
 def _select_fake(name: str, impl: str, x: Tensor, *details):
     if _recorder is not None:
         problem = _problem(name, x, *details)

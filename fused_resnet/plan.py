@@ -24,6 +24,7 @@ TABLE_FORMAT = 1
 CUDA_LAUNCHES = {"bn_finalize": "launch_bn_finalize"}
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
+BLOCK_OPS = ("residual_block", "stem")
 # Architecture -> SM count and shared memory per block (bytes) of its common data-centre or desktop card. The shared
 # memory limit belongs to the architecture; the SM count only shapes the heuristic.
 _CARDS = {
@@ -37,6 +38,9 @@ _CARDS = {
 
 class Unsupported(RuntimeError):
     """The implementation that was asked for by name cannot run this problem; the message says why."""
+
+
+ARCHITECTURES = tuple(_CARDS)
 
 
 @dataclass(frozen=True)
@@ -185,15 +189,6 @@ def current_impl() -> str:
 def resolve_impl(impl: str | None) -> str:
     """An ``impl`` argument as given, or this thread's choice for None; ValueError for an unknown name."""
     return current_impl() if impl is None else check_impl(impl)
-
-
-def block_backend(device_type: str, impl: str) -> str:
-    """Whether a residual block runs as the "chain" of fused operators or on the "library"'s own ones.
-
-    Under "auto" it is the library: a chain whose operators were measured one by one has not been measured as a block.
-    Any named ``impl`` asks for the chain.
-    """
-    return "library" if impl == "auto" else "chain"
 
 
 @contextmanager
@@ -432,6 +427,24 @@ def plan_for(problem: Problem, device: Device | None, impl: str = "auto") -> Pla
     return Plan("library", None, winner.reason)
 
 
+@lru_cache(maxsize=1024)
+def plan_block(problem: Problem, device: Device | None, impl: str = "auto") -> Plan:
+    """Whether a whole residual block or stem runs as the chain of fused operators or as the library's own operators.
+
+    The backend is "library" or the name of what runs the chain. Under "auto" a chain runs where it was measured to be
+    faster as a whole. Any named ``impl`` asks for the chain; whether each operator can run, `plan_for` says.
+    """
+    check_impl(impl)
+    if impl != "auto":
+        return Plan(impl, None, "asked for")
+    if device is None:
+        return Plan("library", None, "no CUDA device, and without kernels the library's operators are the fastest")
+    winner = measured_winners(device.arch).get(problem)
+    if winner is None:
+        return Plan("library", None, f"not measured on sm{device.arch}")
+    return Plan(winner.backend, None, winner.reason)
+
+
 class Winner(NamedTuple):
     """One measured entry of a table; ``config`` of the fastest Triton kernel even where another backend won."""
 
@@ -480,13 +493,13 @@ def _read_entry(entry: dict, arch: int) -> tuple[Problem, Winner]:
     problem = Problem(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry["problem"].items()})
     backend, config = entry["backend"], entry["config"]
     known = {
-        "triton": any(problem.op in family.launches for family in FAMILIES),
+        "triton": problem.op in BLOCK_OPS or any(problem.op in family.launches for family in FAMILIES),
         "cuda": problem.op in CUDA_LAUNCHES,
         "library": True,
     }
     if not known.get(backend):
         raise ValueError(f"unknown kernel: {backend} {problem.op}")
-    if backend == "triton" and config is None:
+    if backend == "triton" and config is None and problem.op not in BLOCK_OPS:
         raise ValueError(f"{problem.op}: a Triton winner without a tile")
     reason = f"measured on sm{arch}: {float(entry['us']):.1f} us, library {float(entry['library_us']):.1f} us"
     return problem, Winner(backend, None if config is None else TileConfig(**config), reason)

@@ -453,7 +453,7 @@ def conv1x1_dgrad_moments(
 
 
 def bn_act_pool_backward(dy: Tensor, index: Tensor, a: Deferred) -> tuple[Tensor, Tensor]:
-    """Backward of `bn_act_pool`: each dy goes to its window's winning tap, then through the ReLU; and `channel_sums`."""
+    """Backward of `bn_act_pool`: each dy goes to its window's winning tap and through the ReLU; also `channel_sums`."""
     n, c, h, w = a.c.shape
     rows = torch.arange(dy.shape[2], device=dy.device).view(-1, 1) * 2 - 1 + index // 3
     cols = torch.arange(dy.shape[3], device=dy.device) * 2 - 1 + index % 3
