@@ -263,7 +263,9 @@ def _(
 ):  # fmt: skip
     geometry = Geometry(stride, padding, dilation, groups)
     epilogue = "".join((("relu" if relu_c is not None else ""), ("add" if addend is not None else "")))
-    run = select("conv_dgrad", impl, g, geometry, w.shape, coef is not None, epilogue)
+    # Seen from the gradient: it has the convolution's output channels, and the result its input channels.
+    transposed = (w.shape[1] * groups, w.shape[0] // groups, *w.shape[2:])
+    run = select("conv_dgrad", impl, g, geometry, transposed, coef is not None, epilogue)
     grad_add = None if addend is None else Gradient(addend, addend_mask)
     result = run(
         Gradient(g, mask, c, coef), w, geometry, tuple(input_hw), _deferred(relu_c, relu_bn), grad_add, addend_stride

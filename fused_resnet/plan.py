@@ -565,9 +565,9 @@ class _Conv(NamedTuple):
         return Problem(op, self.n, *self.problem("").out_hw, self.k, self.k, dtype=self.dtype)
 
     def dgrad(self, epilogue: str) -> Problem:
-        """Of the input gradient, whose first tensor is the gradient of the output."""
+        """Of the input gradient, whose first tensor is the gradient of the output: K channels in, C out."""
         p, q = self.problem("").out_hw
-        return replace(self.problem("conv_dgrad", True, epilogue), h=p, w=q, c=self.k)
+        return replace(self.problem("conv_dgrad", True, epilogue), h=p, w=q, c=self.k, k=self.c)
 
     def vectors(self, op: str, kinds: int) -> Problem:
         """Of an operator on the partial statistics [T, kinds, K] of the output."""
