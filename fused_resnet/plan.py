@@ -64,8 +64,8 @@ class Problem:
     ``n, h, w, c`` are the shape of the operator's first tensor, ``k`` the output channels of its convolution and
     ``r, s`` the kernel; operators without a weight have ``k == c`` and ``r == s == 0``. Partial statistics [T, R, C]
     count as T images of R x 1 pixels. ``prologue`` is True when that tensor comes with a BatchNorm still to be applied.
-    ``epilogue`` names what follows the accumulation: "stats", "affine", "join", "join_downsample" (a second GEMM over
-    the shortcut), or "" when the operator has no variants.
+    ``epilogue`` names what follows the accumulation: "stats", "affine", "affine+residual", "join", "join_downsample" (a
+    second GEMM over ``side`` channels of the shortcut, at ``stride``), or "" when the operator has no variants.
     """
 
     op: str
@@ -83,12 +83,16 @@ class Problem:
     dtype: str = "bfloat16"
     prologue: bool = False
     epilogue: str = ""
+    side: int = 0
 
     @property
     def out_hw(self) -> tuple[int, int]:
-        """Height and width of the convolution's output, P and Q; of the input for operators without a weight."""
-        if self.r == 0:
+        """Height and width of the operator's output: of its input for one without a weight, up to an odd remainder that
+        the problem does not know for an input gradient."""
+        if self.r == 0 or self.op == "conv1x1_join":
             return self.h, self.w
+        if self.op == "conv_dgrad":
+            return self.h * self.stride[0], self.w * self.stride[1]
         p = (self.h + 2 * self.padding[0] - self.dilation[0] * (self.r - 1) - 1) // self.stride[0] + 1
         q = (self.w + 2 * self.padding[1] - self.dilation[1] * (self.s - 1) - 1) // self.stride[1] + 1
         return p, q
@@ -641,7 +645,10 @@ def _stem_problems(stem: _Conv, training: bool) -> list[tuple[str, Problem]]:
 
 
 def _join(last: _Conv, down: _Conv | None, prologue: bool) -> Problem:
-    return last.problem("conv1x1_join", prologue, "join" if down is None else "join_downsample")
+    if down is None:
+        return last.problem("conv1x1_join", prologue, "join")
+    stride = (down.stride, down.stride)
+    return replace(last.problem("conv1x1_join", prologue, "join_downsample"), stride=stride, side=down.c)
 
 
 def _inference_problems(convs: list[_Conv], down: _Conv | None) -> list[tuple[str, Problem]]:
