@@ -8,6 +8,7 @@ architecture goes to the library kernel: a fused kernel is chosen only where it 
 from __future__ import annotations
 
 import json
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -298,14 +299,14 @@ def _elementwise_unsupported(problem: Problem, config: TileConfig | None, device
 def _elementwise_heuristic(problem: Problem, device: Device) -> TileConfig:
     """4096 values for 128 threads: a thread moves 32 values of every tensor, four 16-byte loads at 16 bit each."""
     block_n = min(128, max(8, _next_power_of_two(problem.c)))
-    if problem.op in _VECTOR_OPS:
+    if problem.op in VECTOR_OPS:
         # Merging partial rows: latency alone matters. 32 channels make a 128-byte line; rows go in steps of 32.
         return TileConfig(32, min(32, block_n), num_warps=4, num_stages=2)
     values = 2048 if problem.op in _SUMMING_OPS else 4096
     return TileConfig(min(256, values // block_n), block_n, num_warps=4, num_stages=2)
 
 
-_VECTOR_OPS = frozenset({"bn_finalize", "bn_frozen", "merge_partials", "bn_backward_finalize"})
+VECTOR_OPS = frozenset({"bn_finalize", "bn_frozen", "merge_partials", "bn_backward_finalize"})
 _SUMMING_OPS = frozenset({"bn_act_sums", "join_sums"})
 _PIXEL_OPS = frozenset({"bn_act", "bn_join", "relu_grad", "bn_backward_apply"})
 
@@ -336,7 +337,7 @@ FAMILIES = (
     ),
     Family(
         "bn",
-        {op: f"launch_{op}" for op in sorted(_VECTOR_OPS | _SUMMING_OPS | _PIXEL_OPS)},
+        {op: f"launch_{op}" for op in sorted(VECTOR_OPS | _SUMMING_OPS | _PIXEL_OPS)},
         _elementwise_unsupported,
         _elementwise_heuristic,
     ),
@@ -460,8 +461,36 @@ class Winner(NamedTuple):
 @lru_cache(maxsize=16)
 def measured_winners(arch: int) -> dict[Problem, Winner]:
     """The measured winners shipped for an architecture; empty when there is no table."""
-    path = PLANS / f"sm{arch}.json"
-    return load_table(path, arch) if path.exists() else {}
+    return load_table(PLANS / f"sm{arch}.json", arch)
+
+
+def forget_choices() -> None:
+    """Plan anew from the tables in memory: after `measured_winners`' dict was changed."""
+    plan_for.cache_clear()
+    plan_block.cache_clear()
+
+
+def forget_tables() -> None:
+    """Read the tables anew at the next plan: after one was written."""
+    measured_winners.cache_clear()
+    forget_choices()
+
+
+def read_entries(path: Path, arch: int) -> list[dict]:
+    """The entries of a table as `table_entry` made them; none, with a warning that names the file, if it is damaged.
+
+    A missing file has none, without a warning.
+    """
+    if not path.exists():
+        return []
+    try:
+        table = json.loads(path.read_text())
+        if table["format"] != TABLE_FORMAT or table["arch"] != arch:
+            raise ValueError(f"format {table['format']}, sm{table['arch']}; expected {TABLE_FORMAT}, sm{arch}")
+        return list(table["entries"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{path}: not a usable plan table, going on without it ({error!r})", stacklevel=3)
+        return []
 
 
 def load_table(path: Path, arch: int) -> dict[Problem, Winner]:
@@ -471,17 +500,9 @@ def load_table(path: Path, arch: int) -> dict[Problem, Winner]:
     or a configuration this version does not know is left out. Both warn, naming the file: a damaged table costs speed,
     never an answer.
     """
-    try:
-        table = json.loads(path.read_text())
-        if table["format"] != TABLE_FORMAT or table["arch"] != arch:
-            raise ValueError(f"format {table['format']}, sm{table['arch']}; expected {TABLE_FORMAT}, sm{arch}")
-        entries = list(table["entries"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"{path}: not a usable plan table, going on without it ({error!r})", stacklevel=2)
-        return {}
     winners: dict[Problem, Winner] = {}
     left_out = []
-    for entry in entries:
+    for entry in read_entries(path, arch):
         try:
             problem, winner = _read_entry(entry, arch)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -516,9 +537,15 @@ def table_entry(problem: Problem, backend: str, config: TileConfig | None, us: f
 
 
 def dump_table(path: Path, arch: int, origin: dict[str, str], entries: Iterable[dict]) -> None:
-    """Write a table for `load_table`. ``origin`` says where the numbers come from: card, commit, date, versions."""
+    """Write a table for `load_table`, atomically: a reader sees the old one or the new one.
+
+    ``origin`` says where the numbers come from: card, commit, date, versions.
+    """
     table = {"format": TABLE_FORMAT, "arch": arch, "origin": origin, "entries": list(entries)}
-    path.write_text(json.dumps(table, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(table, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 # name -> (bottleneck?, blocks per stage, groups, channels per group in the first stage)

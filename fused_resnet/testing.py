@@ -6,14 +6,16 @@ rounding; a fixed tolerance would either hide a loss of precision or fail on hon
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from . import reference
 from .plan import Problem
-from .reference import Deferred, Geometry, Gradient, Running, bn_act_pool, pack_mask
+from .reference import Deferred, Geometry, Gradient, Running, bn_act_pool, merge_partials, pack_mask
 
 # (images, input channels, height, width, output channels, stride) of 1x1 convolutions that break careless indexing:
 # channel counts that are no multiple of 8, odd maps, one pixel, one image, several chunks of statistics.
@@ -300,3 +302,48 @@ class _Samples:
     def moments_weights(self):
         w, gram, cross = self._moment_inputs()
         return cross, gram, w, self._coef(self.p.n)
+
+
+def as_double(value):
+    """The same arguments in float64: every floating tensor inside nested tuples; what is updated in place is cloned."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value.clone()
+    if isinstance(value, tuple):
+        items = [as_double(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
+_STATISTICS = {
+    "conv_stats": 1,
+    "bn_act_sums": 1,
+    "conv_dgrad": 1,
+    "conv1x1_dgrad_moments": 1,
+    "bn_act_pool_backward": 1,
+}
+
+
+def comparable(op: str, result) -> list[Tensor]:
+    """An operator's floating results, with partial statistics and sums merged: each backend chunks its own way."""
+    results = list(result) if isinstance(result, tuple) else [result]
+    for i, value in enumerate(results):
+        if op == "conv_stats" and i == 1:
+            results[i] = merge_partials(value)
+        elif op == "join_sums" or _STATISTICS.get(op) == i:
+            results[i] = None if value is None else value.sum(0)
+    return [value for value in results if value is not None and value.is_floating_point()]
+
+
+def check_operator(problem: Problem, run, generator: torch.Generator, device: str) -> None:
+    """Assert that `run`, a launch function bound to its plan, computes `problem` within the error budget.
+
+    Its peer is the reference at the same precision, its judge the reference in float64, both on the same inputs.
+    """
+    function = getattr(reference, problem.op)
+    arguments = operator_arguments(problem, generator, device)
+    judge = comparable(problem.op, function(*as_double(arguments)))
+    peer = comparable(problem.op, function(*copy.deepcopy(arguments)))
+    got = comparable(problem.op, run(*copy.deepcopy(arguments)))
+    assert len(got) == len(judge), f"{problem.op}: {len(got)} results, expected {len(judge)}"
+    for i, (value, exact, low) in enumerate(zip(got, judge, peer)):
+        assert_within_budget(value, exact, low, f"{problem.op} result {i}")
