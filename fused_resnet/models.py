@@ -74,8 +74,8 @@ class ResNet(nn.Module):
         groups, width_per_group: of the 3x3 convolutions of bottlenecks (ResNeXt, wide ResNet).
         replace_stride_with_dilation: three flags for stages 2 to 4.
         norm_layer: default nn.BatchNorm2d.
-        shortcut: "B" (default, torchvision's): projection where shapes change; "A": zero-padded identity; "C": projection
-            everywhere; None: no shortcuts at all, the plain network. All but "B" need FusedBasicBlock.
+        shortcut: "B" (default, torchvision's): projection where shapes change; "A": zero-padded identity; "C":
+            projection everywhere; None: none at all, the plain network. All but "B" need FusedBasicBlock.
 
     Raises ValueError for flags that are not three, or a shortcut that is unknown or does not fit the block.
     """
