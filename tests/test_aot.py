@@ -53,7 +53,7 @@ def launch_arguments(problem: Problem):
             for stride in (1, 2)
         ]
     running = Running(vector, vector, torch.empty((), dtype=torch.int64, device="meta"))
-    partials = meta(problem.n, problem.h, c) if problem.n > 1 else None
+    partials = meta(problem.n, problem.h, c)
     return {
         "bn_finalize": lambda: [
             (partials, vector, vector, running, 0.1, 1e-5),
