@@ -64,8 +64,8 @@ class Problem:
     ``n, h, w, c`` are the shape of the operator's first tensor, ``k`` the output channels of its convolution and
     ``r, s`` the kernel; operators without a weight have ``k == c`` and ``r == s == 0``. Partial statistics [T, R, C]
     count as T images of R x 1 pixels. ``prologue`` is True when that tensor comes with a BatchNorm still to be applied.
-    ``epilogue`` names what follows the accumulation: "stats", "affine", "join", "join_downsample" (a second GEMM over
-    the shortcut), or "" when the operator has no variants.
+    ``epilogue`` names what follows the accumulation: "stats", "affine", "affine+residual", "join", "join_downsample" (a
+    second GEMM over ``side`` channels of the shortcut, at ``stride``), or "" when the operator has no variants.
     """
 
     op: str
@@ -83,12 +83,16 @@ class Problem:
     dtype: str = "bfloat16"
     prologue: bool = False
     epilogue: str = ""
+    side: int = 0
 
     @property
     def out_hw(self) -> tuple[int, int]:
-        """Height and width of the convolution's output, P and Q; of the input for operators without a weight."""
-        if self.r == 0:
+        """Height and width of the operator's output: of its input for one without a weight, up to an odd remainder that
+        the problem does not know for an input gradient."""
+        if self.r == 0 or self.op == "conv1x1_join":
             return self.h, self.w
+        if self.op == "conv_dgrad":
+            return self.h * self.stride[0], self.w * self.stride[1]
         p = (self.h + 2 * self.padding[0] - self.dilation[0] * (self.r - 1) - 1) // self.stride[0] + 1
         q = (self.w + 2 * self.padding[1] - self.dilation[1] * (self.s - 1) - 1) // self.stride[1] + 1
         return p, q
@@ -570,14 +574,14 @@ class _Conv(NamedTuple):
         return self.r == 1 and self.stride == 1
 
     def dgrad(self, epilogue: str) -> Problem:
-        """Of the input gradient, whose first tensor is the gradient of the output.
+        """Of the input gradient, whose first tensor is the gradient of the output: K channels in, C out.
 
         That of a strided 1x1 is computed on the pixels it has read, as if they were the whole map.
         """
         p, q = self.problem("").out_hw
         stride = 1 if self.r == 1 else self.stride
         problem = self.problem("conv_dgrad", self.plain, epilogue)
-        return replace(problem, h=p, w=q, c=self.k, stride=(stride, stride))
+        return replace(problem, h=p, w=q, c=self.k, k=self.c, stride=(stride, stride))
 
     def vectors(self, op: str, kinds: int) -> Problem:
         """Of an operator on the partial statistics [T, kinds, K] of the output."""
@@ -651,7 +655,10 @@ def _stem_problems(stem: _Conv, training: bool) -> list[tuple[str, Problem]]:
 
 
 def _join(last: _Conv, down: _Conv | None, prologue: bool) -> Problem:
-    return last.problem("conv1x1_join", prologue, "join" if down is None else "join_downsample")
+    if down is None:
+        return last.problem("conv1x1_join", prologue, "join")
+    stride = (down.stride, down.stride)
+    return replace(last.problem("conv1x1_join", prologue, "join_downsample"), stride=stride, side=down.c)
 
 
 def _inference_problems(convs: list[_Conv], down: _Conv | None) -> list[tuple[str, Problem]]:
@@ -659,8 +666,10 @@ def _inference_problems(convs: list[_Conv], down: _Conv | None) -> list[tuple[st
     for conv in [*convs, *filter(None, [down])]:
         problems.append((conv.layer, Problem("bn_frozen", 1, 1, 1, conv.k, conv.k, dtype="float32")))
         problems.append((conv.layer, conv.problem("conv_affine", epilogue="affine")))
-    if convs[-1].r == 1:
-        problems.append((convs[-1].layer, _join(convs[-1], down, prologue=False)))
+    last = convs[-1]
+    problems.append((last.layer, last.problem("conv_affine", epilogue="affine+residual")))
+    if last.r == 1:
+        problems.append((last.layer, _join(last, down, prologue=False)))
     return problems
 
 
