@@ -595,10 +595,20 @@ class _Conv(NamedTuple):
         """Of an elementwise operator on the convolution's output."""
         return Problem(op, self.n, *self.problem("").out_hw, self.k, self.k, dtype=self.dtype)
 
+    @property
+    def plain(self) -> bool:
+        """A matrix product: its operators can read deferred tensors."""
+        return self.r == 1 and self.stride == 1
+
     def dgrad(self, epilogue: str) -> Problem:
-        """Of the input gradient, whose first tensor is the gradient of the output: K channels in, C out."""
+        """Of the input gradient, whose first tensor is the gradient of the output: K channels in, C out.
+
+        That of a strided 1x1 is computed on the pixels it has read, as if they were the whole map.
+        """
         p, q = self.problem("").out_hw
-        return replace(self.problem("conv_dgrad", True, epilogue), h=p, w=q, c=self.k, k=self.c)
+        stride = 1 if self.r == 1 else self.stride
+        problem = self.problem("conv_dgrad", self.plain, epilogue)
+        return replace(problem, h=p, w=q, c=self.k, k=self.c, stride=(stride, stride))
 
     def vectors(self, op: str, kinds: int) -> Problem:
         """Of an operator on the partial statistics [T, kinds, K] of the output."""
@@ -683,8 +693,10 @@ def _inference_problems(convs: list[_Conv], down: _Conv | None) -> list[tuple[st
     for conv in [*convs, *filter(None, [down])]:
         problems.append((conv.layer, Problem("bn_frozen", 1, 1, 1, conv.k, conv.k, dtype="float32")))
         problems.append((conv.layer, conv.problem("conv_affine", epilogue="affine")))
-    if convs[-1].r == 1:
-        problems.append((convs[-1].layer, _join(convs[-1], down, prologue=False)))
+    last = convs[-1]
+    problems.append((last.layer, last.problem("conv_affine", epilogue="affine+residual")))
+    if last.r == 1:
+        problems.append((last.layer, _join(last, down, prologue=False)))
     return problems
 
 
@@ -705,14 +717,14 @@ def _training_problems(convs: list[_Conv], down: _Conv | None) -> list[tuple[str
     problems += [(last.layer, last.output("relu_grad"))]
     if last.r == 1:
         problems += _moments_problems(last, down)
-    # Backward, each convolution's dc in its operators' prologues where they are 1x1.
+    # Backward. A plain 1x1 builds dc while loading; for the others it is written out.
     for conv in [*shortcut, *reversed(convs)]:
         problems.append((conv.layer, conv.vectors("bn_backward_finalize", 2)))
-        if conv.r == 3:
+        if not conv.plain:
             problems.append((conv.layer, conv.output("bn_backward_apply")))
-        first = conv is convs[0]
-        problems.append((conv.layer, conv.dgrad("" if conv is down else "add" if first else "relu")))
-        problems.append((conv.layer, conv.problem("conv_wgrad", conv.r == 1 and conv is last)))
+        deferred = conv is not down and conv is not convs[0]
+        problems.append((conv.layer, conv.dgrad("" if conv is down else "relu" if deferred else "add")))
+        problems.append((conv.layer, conv.problem("conv_wgrad", deferred)))
     for conv in convs[:-1]:
         problems.append((conv.layer, conv.output("bn_act_sums")))
     return problems
@@ -728,6 +740,7 @@ def _moments_problems(last: _Conv, down: _Conv | None) -> list[tuple[str, Proble
             conv.matrix("moments_finalize"),
             conv.problem("cross_moments", deferred),
             conv.matrix("cross_sums"),
+            replace(conv.vectors("bn_backward_finalize", 2), n=1),
             conv.matrix("moments_weights"),
             conv.problem("conv1x1_dgrad_moments", deferred),
         ):
