@@ -8,6 +8,7 @@ architecture goes to the library kernel: a fused kernel is chosen only where it 
 from __future__ import annotations
 
 import json
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -298,14 +299,14 @@ def _elementwise_unsupported(problem: Problem, config: TileConfig | None, device
 def _elementwise_heuristic(problem: Problem, device: Device) -> TileConfig:
     """4096 values for 128 threads: a thread moves 32 values of every tensor, four 16-byte loads at 16 bit each."""
     block_n = min(128, max(8, _next_power_of_two(problem.c)))
-    if problem.op in _VECTOR_OPS:
+    if problem.op in VECTOR_OPS:
         # Merging partial rows: latency alone matters. 32 channels make a 128-byte line; rows go in steps of 32.
         return TileConfig(32, min(32, block_n), num_warps=4, num_stages=2)
     values = 2048 if problem.op in _SUMMING_OPS else 4096
     return TileConfig(min(256, values // block_n), block_n, num_warps=4, num_stages=2)
 
 
-_VECTOR_OPS = frozenset({"bn_finalize", "bn_frozen", "merge_partials", "bn_backward_finalize"})
+VECTOR_OPS = frozenset({"bn_finalize", "bn_frozen", "merge_partials", "bn_backward_finalize"})
 _SUMMING_OPS = frozenset({"bn_act_sums", "join_sums"})
 _PIXEL_OPS = frozenset({"bn_act", "bn_join", "relu_grad", "bn_backward_apply"})
 
@@ -336,7 +337,7 @@ FAMILIES = (
     ),
     Family(
         "bn",
-        {op: f"launch_{op}" for op in sorted(_VECTOR_OPS | _SUMMING_OPS | _PIXEL_OPS)},
+        {op: f"launch_{op}" for op in sorted(VECTOR_OPS | _SUMMING_OPS | _PIXEL_OPS)},
         _elementwise_unsupported,
         _elementwise_heuristic,
     ),
@@ -460,8 +461,36 @@ class Winner(NamedTuple):
 @lru_cache(maxsize=16)
 def measured_winners(arch: int) -> dict[Problem, Winner]:
     """The measured winners shipped for an architecture; empty when there is no table."""
-    path = PLANS / f"sm{arch}.json"
-    return load_table(path, arch) if path.exists() else {}
+    return load_table(PLANS / f"sm{arch}.json", arch)
+
+
+def forget_choices() -> None:
+    """Plan anew from the tables in memory: after `measured_winners`' dict was changed."""
+    plan_for.cache_clear()
+    plan_block.cache_clear()
+
+
+def forget_tables() -> None:
+    """Read the tables anew at the next plan: after one was written."""
+    measured_winners.cache_clear()
+    forget_choices()
+
+
+def read_entries(path: Path, arch: int) -> list[dict]:
+    """The entries of a table as `table_entry` made them; none, with a warning that names the file, if it is damaged.
+
+    A missing file has none, without a warning.
+    """
+    if not path.exists():
+        return []
+    try:
+        table = json.loads(path.read_text())
+        if table["format"] != TABLE_FORMAT or table["arch"] != arch:
+            raise ValueError(f"format {table['format']}, sm{table['arch']}; expected {TABLE_FORMAT}, sm{arch}")
+        return list(table["entries"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{path}: not a usable plan table, going on without it ({error!r})", stacklevel=3)
+        return []
 
 
 def load_table(path: Path, arch: int) -> dict[Problem, Winner]:
@@ -471,17 +500,9 @@ def load_table(path: Path, arch: int) -> dict[Problem, Winner]:
     or a configuration this version does not know is left out. Both warn, naming the file: a damaged table costs speed,
     never an answer.
     """
-    try:
-        table = json.loads(path.read_text())
-        if table["format"] != TABLE_FORMAT or table["arch"] != arch:
-            raise ValueError(f"format {table['format']}, sm{table['arch']}; expected {TABLE_FORMAT}, sm{arch}")
-        entries = list(table["entries"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"{path}: not a usable plan table, going on without it ({error!r})", stacklevel=2)
-        return {}
     winners: dict[Problem, Winner] = {}
     left_out = []
-    for entry in entries:
+    for entry in read_entries(path, arch):
         try:
             problem, winner = _read_entry(entry, arch)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -516,9 +537,15 @@ def table_entry(problem: Problem, backend: str, config: TileConfig | None, us: f
 
 
 def dump_table(path: Path, arch: int, origin: dict[str, str], entries: Iterable[dict]) -> None:
-    """Write a table for `load_table`. ``origin`` says where the numbers come from: card, commit, date, versions."""
+    """Write a table for `load_table`, atomically: a reader sees the old one or the new one.
+
+    ``origin`` says where the numbers come from: card, commit, date, versions.
+    """
     table = {"format": TABLE_FORMAT, "arch": arch, "origin": origin, "entries": list(entries)}
-    path.write_text(json.dumps(table, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(table, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 # name -> (bottleneck?, blocks per stage, groups, channels per group in the first stage)
@@ -568,10 +595,20 @@ class _Conv(NamedTuple):
         """Of an elementwise operator on the convolution's output."""
         return Problem(op, self.n, *self.problem("").out_hw, self.k, self.k, dtype=self.dtype)
 
+    @property
+    def plain(self) -> bool:
+        """A matrix product: its operators can read deferred tensors."""
+        return self.r == 1 and self.stride == 1
+
     def dgrad(self, epilogue: str) -> Problem:
-        """Of the input gradient, whose first tensor is the gradient of the output: K channels in, C out."""
+        """Of the input gradient, whose first tensor is the gradient of the output: K channels in, C out.
+
+        That of a strided 1x1 is computed on the pixels it has read, as if they were the whole map.
+        """
         p, q = self.problem("").out_hw
-        return replace(self.problem("conv_dgrad", True, epilogue), h=p, w=q, c=self.k, k=self.c)
+        stride = 1 if self.r == 1 else self.stride
+        problem = self.problem("conv_dgrad", self.plain, epilogue)
+        return replace(problem, h=p, w=q, c=self.k, k=self.c, stride=(stride, stride))
 
     def vectors(self, op: str, kinds: int) -> Problem:
         """Of an operator on the partial statistics [T, kinds, K] of the output."""
@@ -656,8 +693,10 @@ def _inference_problems(convs: list[_Conv], down: _Conv | None) -> list[tuple[st
     for conv in [*convs, *filter(None, [down])]:
         problems.append((conv.layer, Problem("bn_frozen", 1, 1, 1, conv.k, conv.k, dtype="float32")))
         problems.append((conv.layer, conv.problem("conv_affine", epilogue="affine")))
-    if convs[-1].r == 1:
-        problems.append((convs[-1].layer, _join(convs[-1], down, prologue=False)))
+    last = convs[-1]
+    problems.append((last.layer, last.problem("conv_affine", epilogue="affine+residual")))
+    if last.r == 1:
+        problems.append((last.layer, _join(last, down, prologue=False)))
     return problems
 
 
@@ -678,14 +717,14 @@ def _training_problems(convs: list[_Conv], down: _Conv | None) -> list[tuple[str
     problems += [(last.layer, last.output("relu_grad"))]
     if last.r == 1:
         problems += _moments_problems(last, down)
-    # Backward, each convolution's dc in its operators' prologues where they are 1x1.
+    # Backward. A plain 1x1 builds dc while loading; for the others it is written out.
     for conv in [*shortcut, *reversed(convs)]:
         problems.append((conv.layer, conv.vectors("bn_backward_finalize", 2)))
-        if conv.r == 3:
+        if not conv.plain:
             problems.append((conv.layer, conv.output("bn_backward_apply")))
-        first = conv is convs[0]
-        problems.append((conv.layer, conv.dgrad("" if conv is down else "add" if first else "relu")))
-        problems.append((conv.layer, conv.problem("conv_wgrad", conv.r == 1 and conv is last)))
+        deferred = conv is not down and conv is not convs[0]
+        problems.append((conv.layer, conv.dgrad("" if conv is down else "relu" if deferred else "add")))
+        problems.append((conv.layer, conv.problem("conv_wgrad", deferred)))
     for conv in convs[:-1]:
         problems.append((conv.layer, conv.output("bn_act_sums")))
     return problems
@@ -701,6 +740,7 @@ def _moments_problems(last: _Conv, down: _Conv | None) -> list[tuple[str, Proble
             conv.matrix("moments_finalize"),
             conv.problem("cross_moments", deferred),
             conv.matrix("cross_sums"),
+            replace(conv.vectors("bn_backward_finalize", 2), n=1),
             conv.matrix("moments_weights"),
             conv.problem("conv1x1_dgrad_moments", deferred),
         ):
