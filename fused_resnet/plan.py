@@ -274,7 +274,8 @@ def _conv1x1_heuristic(problem: Problem, device: Device) -> TileConfig:
             block_n = min(32, block_n)
     elif -(-problem.gemm_m // block_m) * -(-problem.gemm_n // block_n) < device.sm_count:
         block_m = min(64, block_m)
-    num_warps = 8 if block_m * block_n >= 128 * 64 else 4
+    # fp32 operands take twice the registers of 16-bit ones.
+    num_warps = 8 if block_m * block_n >= (64 if full else 128) * 64 else 4
     for num_stages in (4, 3, 2):
         config = TileConfig(block_m, block_n, block_k, num_warps, num_stages)
         # Two blocks on an SM hide each other's epilogue, so one takes at most half of the shared memory.

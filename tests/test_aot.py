@@ -107,9 +107,9 @@ def verdicts(compiled, specs, limit):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("module", ["conv1x1", "bn"])
-def test_every_chosen_kernel_compiles(module, arch):
-    specs = chosen(arch, (module,))
+@pytest.mark.parametrize("module,dtype", [("conv1x1", "bfloat16"), ("conv1x1", "float32"), ("bn", "bfloat16")])
+def test_every_chosen_kernel_compiles(module, dtype, arch, tf32):
+    specs = chosen(arch, (module,), dtype)
     assert specs
     compiled = aot.compile_specs(specs, [arch])
     faults = list(verdicts(compiled, specs, Device.default(arch).smem_bytes))
