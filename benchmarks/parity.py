@@ -44,8 +44,8 @@ class Check:
 
 @dataclass
 class Parity:
-    """Outcome for one network: the checks, and loss curves on digits: fused, torchvision, and torchvision on images that
-    differ by about a rounding, which shows how far apart two runs of the same network drift."""
+    """Outcome for one network: the checks, and three loss curves on digits: fused, torchvision, and torchvision on
+    images that differ by about a rounding, which shows how far apart two runs of the same network drift."""
 
     model: str
     impl: str

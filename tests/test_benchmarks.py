@@ -1,4 +1,4 @@
-"""The benchmark: its roofline against hand-computed figures, its options, and a small real run from the command line."""
+"""The benchmark: roofline against hand-computed figures, options, and a small real run from the command line."""
 
 import json
 
