@@ -22,7 +22,7 @@ IMPLS = ("auto", "reference", "triton", "cuda")
 PLANS = Path(__file__).parent / "plans"
 TABLE_FORMAT = 1
 # Operator -> launch function in kernels/native.py, which calls the compiled C++/CUDA library.
-CUDA_LAUNCHES = {"bn_finalize": "launch_bn_finalize"}
+CUDA_LAUNCHES = {"bn_finalize": "launch_bn_finalize", "bn_join": "launch_bn_join"}
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 BLOCK_OPS = ("residual_block", "stem")
