@@ -55,7 +55,7 @@ def test_no_kernel_spills_on_any_architecture(library):
         assert any(name in kernel for kernel, _ in kernels)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert len(frames) == len(kernels) and set(frames) == {("0", "0", "0")}
-    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 64  # four blocks of 256 threads on an SM
+    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 80  # three blocks of 256 threads on an SM
 
 
 @needs_nvcc
