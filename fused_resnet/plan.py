@@ -219,10 +219,10 @@ def _accumulators(problem: Problem) -> int:
 def _gemm_smem(problem: Problem, config: TileConfig) -> int:
     """Upper estimate (bytes) of the shared memory of a pipelined GEMM kernel; tests hold it against the compiler.
 
-    The stages of both operands, and beside them the fp32 tile through which the epilogue changes layouts.
+    The stages of both operands; the epilogue's change of layout comes after them, in the same memory.
     """
     stages = config.num_stages * (config.block_m + config.block_n) * config.block_k * ITEMSIZE[problem.dtype]
-    return stages + config.block_m * config.block_n * 4 + 4096
+    return max(stages, config.block_m * config.block_n * 4) + 2048
 
 
 def _conv1x1_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
@@ -253,31 +253,23 @@ def _conv1x1_unsupported(problem: Problem, config: TileConfig | None, device: De
 def _conv1x1_heuristic(problem: Problem, device: Device) -> TileConfig:
     """A tile for a 1x1 convolution.
 
-    The 1x1 layers with many pixels are bound by memory: one 128-pixel tile that covers all output channels up to 128
-    reads its input once. Where that leaves SMs idle (late stages, small batches), tiles shrink, pixels first, because
-    the weights they then read more often stay in L2.
+    128 pixels by 64 channels on eight warps: 32 accumulators per thread leave registers for statistics, a residual,
+    ReLU bits or a second accumulator. Twice as many spill in one of these epilogues or another on sm90 and sm100
+    (tests compile them all); where they pay, measurement finds them. Where tiles would leave SMs idle (late stages,
+    small batches) they shrink.
     """
-    dual = _accumulators(problem) == 2
     full = problem.dtype == "float32"
     block_m = min(64 if full else 128, max(16, _next_power_of_two(problem.gemm_m)))
-    block_n = min(64 if dual or full else 128, max(16, _next_power_of_two(problem.gemm_n)))
+    block_n = min(64, max(16, _next_power_of_two(problem.gemm_n)))
     block_k = min(32 if full else 64, max(16, _next_power_of_two(problem.gemm_k)))
     if problem.op == "conv_stats":
-        # The pixel extent of a program is its chunk of statistics, whatever the tile.
-        rows = statistics_rows(problem.gemm_n)
-        programs_m = -(-problem.gemm_m // max(1, chunk_pixels(problem.gemm_m, rows)))
-        if programs_m * -(-problem.gemm_n // block_n) < device.sm_count:
-            block_n = max(32, block_n // 2) if block_n > 32 else block_n
-    else:
-        for _ in range(2):
-            programs = -(-problem.gemm_m // block_m) * -(-problem.gemm_n // block_n)
-            if programs >= device.sm_count:
-                break
-            if block_m > 64:
-                block_m //= 2
-            elif block_n > 64:
-                block_n //= 2
-    num_warps = 8 if block_m * block_n * _accumulators(problem) >= 128 * 128 else 4
+        # The pixel extent of a program is its row of statistics, whatever the tile: only channels can be split.
+        chunk = chunk_pixels(max(1, problem.gemm_m), statistics_rows(problem.gemm_n))
+        if -(-problem.gemm_m // chunk) * -(-problem.gemm_n // block_n) < device.sm_count:
+            block_n = min(32, block_n)
+    elif -(-problem.gemm_m // block_m) * -(-problem.gemm_n // block_n) < device.sm_count:
+        block_m = min(64, block_m)
+    num_warps = 8 if block_m * block_n >= 128 * 64 else 4
     for num_stages in (4, 3, 2):
         config = TileConfig(block_m, block_n, block_k, num_warps, num_stages)
         # Two blocks on an SM hide each other's epilogue, so one takes at most half of the shared memory.

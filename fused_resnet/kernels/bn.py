@@ -133,14 +133,12 @@ def _bn_frozen_kernel(mean_ptr, var_ptr, gamma_ptr, beta_ptr, bn_ptr, channels, 
 
 
 @triton.jit
-def _tile(pixels, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows [BLOCK_M], first channel, columns [BLOCK_N], int64 elements and validity [BLOCK_M, BLOCK_N] of a program."""
-    tiles_n = tl.cdiv(channels, BLOCK_N)
-    rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_col = tl.program_id(0) % tiles_n * BLOCK_N
+def _tile(row0, row_limit, first_col, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Columns [BLOCK_N]; 32-bit offsets from element row0 * channels, and validity, [BLOCK_M, BLOCK_N]."""
+    row = tl.arange(0, BLOCK_M)
     cols = first_col + tl.arange(0, BLOCK_N)
-    elements = rows.to(tl.int64)[:, None] * channels + cols[None, :]
-    return rows, first_col, cols, elements, (rows < pixels)[:, None] & (cols < channels)[None, :]
+    valid = (row0 + row < row_limit)[:, None] & (cols < channels)[None, :]
+    return cols, row[:, None] * channels + cols[None, :], valid
 
 
 @triton.jit
@@ -153,7 +151,7 @@ def _load_affine(c_ptr, bn_ptr, elements, valid, cols, channels):
     return c
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _bn_act_kernel(
     c_ptr,
     bn_ptr,
@@ -168,15 +166,19 @@ def _bn_act_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """out = relu?(c * scale + shift [+ s]); s the shortcut or its affine; mask = out > 0."""
-    rows, first_col, cols, elements, valid = _tile(pixels, channels, BLOCK_M, BLOCK_N)
-    y = _load_affine(c_ptr, bn_ptr, elements, valid, cols, channels)
+    tiles_n = tl.cdiv(channels, BLOCK_N)
+    row0 = tl.program_id(0) // tiles_n * BLOCK_M
+    first_col = tl.program_id(0) % tiles_n * BLOCK_N
+    start = row0.to(tl.int64) * channels
+    cols, elements, valid = _tile(row0, pixels, first_col, channels, BLOCK_M, BLOCK_N)
+    y = _load_affine(c_ptr + start, bn_ptr, elements, valid, cols, channels)
     if shortcut_ptr is not None:
-        y += _load_affine(shortcut_ptr, shortcut_bn_ptr, elements, valid, cols, channels)
+        y += _load_affine(shortcut_ptr + start, shortcut_bn_ptr, elements, valid, cols, channels)
     if RELU:
         y = relu(y)
-    tl.store(out_ptr + elements, y.to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_ptr + start + elements, y.to(out_ptr.dtype.element_ty), mask=valid)
     if mask_ptr is not None:
-        store_mask(mask_ptr, y > 0, rows, pixels, first_col, channels, BLOCK_M, BLOCK_N)
+        store_mask(mask_ptr, y > 0, row0, pixels, first_col, channels, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -185,7 +187,7 @@ def _xhat(c, bn_ptr, channels, cols):
     return (c - load_vector(bn_ptr, BN_MEAN, channels, cols)[None, :]) * load_vector(bn_ptr, BN_RSTD, channels, cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "chunk_pixels"])
 def _sums_kernel(
     g_ptr,
     mask_ptr,  # ReLU bits | None
@@ -205,30 +207,31 @@ def _sums_kernel(
     """sums[t] = (sum g, sum g * xhat) over chunk t; one program per chunk and channel tile."""
     tiles_n = tl.cdiv(channels, BLOCK_N)
     chunk = tl.program_id(0) // tiles_n
-    cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_col = tl.program_id(0) % tiles_n * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
     start = chunk * chunk_pixels
     stop = tl.minimum(start + chunk_pixels, pixels)
     # Tiles are added up elementwise and reduced once: fewer exchanges between threads, shorter chains of additions.
     total_g = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     total_x = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     total_s = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for row0 in range(start, stop, BLOCK_M):
-        rows = row0 + tl.arange(0, BLOCK_M)
-        elements = rows.to(tl.int64)[:, None] * channels + cols[None, :]
-        valid = (rows < stop)[:, None] & (cols < channels)[None, :]
-        g = tl.load(g_ptr + elements, mask=valid, other=0.0).to(tl.float32)
-        c = tl.load(c_ptr + elements, mask=valid, other=0.0).to(tl.float32)
+    for tile in range(tl.cdiv(stop - start, BLOCK_M)):
+        row0 = start + tile * BLOCK_M
+        tile_start = row0.to(tl.int64) * channels
+        _, elements, valid = _tile(row0, stop, first_col, channels, BLOCK_M, BLOCK_N)
+        g = tl.load(g_ptr + tile_start + elements, mask=valid, other=0.0).to(tl.float32)
+        c = tl.load(c_ptr + tile_start + elements, mask=valid, other=0.0).to(tl.float32)
         if mask_ptr is not None:
-            g = tl.where(load_mask(mask_ptr, rows, stop, cols, channels), g, 0.0)
+            g = tl.where(load_mask(mask_ptr, row0, stop, cols, channels, BLOCK_M), g, 0.0)
         if masked_ptr is not None:
             scale = load_vector(bn_ptr, BN_SCALE, channels, cols)
             g = tl.where(affine(c, scale, load_vector(bn_ptr, BN_SHIFT, channels, cols)) > 0, g, 0.0)
-            tl.store(masked_ptr + elements, g.to(masked_ptr.dtype.element_ty), mask=valid)
+            tl.store(masked_ptr + tile_start + elements, g.to(masked_ptr.dtype.element_ty), mask=valid)
         # Out of range g is 0, so what xhat is there does not matter.
         total_g += g
         total_x += g * _xhat(c, bn_ptr, channels, cols)
         if shortcut_ptr is not None:
-            s = tl.load(shortcut_ptr + elements, mask=valid, other=0.0).to(tl.float32)
+            s = tl.load(shortcut_ptr + tile_start + elements, mask=valid, other=0.0).to(tl.float32)
             total_s += g * _xhat(s, shortcut_bn_ptr, channels, cols)
     row_ptr = sums_ptr + chunk.to(tl.int64) * 2 * channels + cols
     sum_g = tl.sum(total_g, axis=0)
@@ -286,20 +289,24 @@ def _bn_backward_finalize_kernel(
     tl.store(coef_ptr + 2 * channels + cols, c.to(tl.float32), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _bn_backward_apply_kernel(
     g_ptr, mask_ptr, c_ptr, coef_ptr, out_ptr, pixels, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """out = A * (g where mask) + B * c + C; coef_ptr None: g where mask."""
-    rows, _, cols, elements, valid = _tile(pixels, channels, BLOCK_M, BLOCK_N)
-    out = tl.load(g_ptr + elements, mask=valid, other=0.0).to(tl.float32)
+    tiles_n = tl.cdiv(channels, BLOCK_N)
+    row0 = tl.program_id(0) // tiles_n * BLOCK_M
+    first_col = tl.program_id(0) % tiles_n * BLOCK_N
+    start = row0.to(tl.int64) * channels
+    cols, elements, valid = _tile(row0, pixels, first_col, channels, BLOCK_M, BLOCK_N)
+    out = tl.load(g_ptr + start + elements, mask=valid, other=0.0).to(tl.float32)
     if mask_ptr is not None:
-        out = tl.where(load_mask(mask_ptr, rows, pixels, cols, channels), out, 0.0)
+        out = tl.where(load_mask(mask_ptr, row0, pixels, cols, channels, BLOCK_M), out, 0.0)
     if coef_ptr is not None:
-        c = tl.load(c_ptr + elements, mask=valid, other=0.0).to(tl.float32)
+        c = tl.load(c_ptr + start + elements, mask=valid, other=0.0).to(tl.float32)
         out = affine(out, load_vector(coef_ptr, 0, channels, cols), load_vector(coef_ptr, 2, channels, cols))
         out += c * load_vector(coef_ptr, 1, channels, cols)[None, :]
-    tl.store(out_ptr + elements, out.to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_ptr + start + elements, out.to(out_ptr.dtype.element_ty), mask=valid)
 
 
 def _pixels(x) -> int:

@@ -86,7 +86,8 @@ def _gemm_tile(
     return acc
 
 
-@triton.jit
+# One compilation serves every batch and image size: extents of maps gain nothing from being known to be even.
+@triton.jit(do_not_specialize=["gemm_m", "in_h", "in_w", "out_h", "out_w", "chunk_pixels"])
 def _conv1x1_fwd_kernel(
     a_ptr,  # [pixels in, gemm_k]
     a_bn_ptr,  # [5, gemm_k] fp32 | None
@@ -126,7 +127,8 @@ def _conv1x1_fwd_kernel(
     count = 0.0
     mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
     m2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for row0 in range(start, stop, BLOCK_M):
+    for tile in range(tl.cdiv(stop - start, BLOCK_M)):
+        row0 = start + tile * BLOCK_M
         rows = row0 + tl.arange(0, BLOCK_M)
         valid_rows = rows < stop
         if shortcut_ptr is None:
@@ -147,7 +149,9 @@ def _conv1x1_fwd_kernel(
             BLOCK_K,
             INPUT_PRECISION,
         )
-        elements = rows.to(tl.int64)[:, None] * gemm_n + cols[None, :]  # [BLOCK_M, BLOCK_N]
+        # Only the start of the tile can pass 2^31 elements; 64-bit offsets for all of them would cost registers.
+        tile_start = row0.to(tl.int64) * gemm_n
+        elements = tl.arange(0, BLOCK_M)[:, None] * gemm_n + cols[None, :]  # [BLOCK_M, BLOCK_N]
         valid = valid_rows[:, None] & (cols < gemm_n)[None, :]
         if partials_ptr is not None:
             tile_count = tl.minimum(stop - row0, BLOCK_M).to(tl.float32)
@@ -156,7 +160,7 @@ def _conv1x1_fwd_kernel(
         if bn_ptr is not None:
             acc = affine(acc, load_vector(bn_ptr, BN_SCALE, gemm_n, cols), load_vector(bn_ptr, BN_SHIFT, gemm_n, cols))
         if residual_ptr is not None:
-            acc += tl.load(residual_ptr + elements, mask=valid, other=0.0).to(tl.float32)
+            acc += tl.load(residual_ptr + tile_start + elements, mask=valid, other=0.0).to(tl.float32)
         if shortcut_ptr is not None:
             side = _gemm_tile(
                 shortcut_ptr,
@@ -179,9 +183,9 @@ def _conv1x1_fwd_kernel(
             )
         if RELU:
             acc = relu(acc)
-        tl.store(out_ptr + elements, acc.to(out_ptr.dtype.element_ty), mask=valid)
+        tl.store(out_ptr + tile_start + elements, acc.to(out_ptr.dtype.element_ty), mask=valid)
         if mask_ptr is not None:
-            store_mask(mask_ptr, acc > 0, rows, stop, first_col, gemm_n, BLOCK_M, BLOCK_N)
+            store_mask(mask_ptr, acc > 0, row0, stop, first_col, gemm_n, BLOCK_M, BLOCK_N)
 
     if partials_ptr is not None:
         row_ptr = partials_ptr + chunk.to(tl.int64) * 3 * gemm_n + cols

@@ -54,26 +54,30 @@ def merge_statistics(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 @triton.jit
 def store_mask(
-    mask_ptr, positive, rows, row_limit, first_channel, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    mask_ptr, positive, row0, row_limit, first_channel, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Store the bits ``positive`` [BLOCK_M, BLOCK_N]: bit i of byte j of a row is channel 8 * j + i."""
+    """Store the bits ``positive`` [BLOCK_M, BLOCK_N] of the rows from row0: bit i of byte j is channel 8 * j + i."""
     bytes_per_row = (channels + 7) // 8
     cols = first_channel + tl.arange(0, BLOCK_N)
     bits = (positive & (cols < channels)[None, :]).to(tl.int32)
     weights = 1 << (tl.arange(0, BLOCK_N) % 8)
     packed = tl.sum(tl.reshape(bits * weights[None, :], (BLOCK_M, BLOCK_N // 8, 8)), axis=2)  # [BLOCK_M, BLOCK_N // 8]
+    row = tl.arange(0, BLOCK_M)
     byte = first_channel // 8 + tl.arange(0, BLOCK_N // 8)
-    pointers = mask_ptr + rows.to(tl.int64)[:, None] * bytes_per_row + byte[None, :]
-    tl.store(pointers, packed.to(tl.uint8), mask=(rows < row_limit)[:, None] & (byte < bytes_per_row)[None, :])
+    offsets = row[:, None] * bytes_per_row + byte[None, :]
+    valid = (row0 + row < row_limit)[:, None] & (byte < bytes_per_row)[None, :]
+    tl.store(mask_ptr + row0.to(tl.int64) * bytes_per_row + offsets, packed.to(tl.uint8), mask=valid)
 
 
 @triton.jit
-def load_mask(mask_ptr, rows, row_limit, cols, channels):
-    """The bits of `store_mask` as booleans [M, N]; False out of range.
+def load_mask(mask_ptr, row0, row_limit, cols, channels, BLOCK_M: tl.constexpr):
+    """The bits of `store_mask` as booleans [BLOCK_M, N]; False out of range.
 
     Eight neighbouring lanes read the same byte: the cache serves them, and no layout has to change.
     """
     bytes_per_row = (channels + 7) // 8
-    valid = (rows < row_limit)[:, None] & (cols < channels)[None, :]
-    packed = tl.load(mask_ptr + rows.to(tl.int64)[:, None] * bytes_per_row + (cols // 8)[None, :], mask=valid, other=0)
+    row = tl.arange(0, BLOCK_M)
+    offsets = row[:, None] * bytes_per_row + (cols // 8)[None, :]
+    valid = (row0 + row < row_limit)[:, None] & (cols < channels)[None, :]
+    packed = tl.load(mask_ptr + row0.to(tl.int64) * bytes_per_row + offsets, mask=valid, other=0)
     return ((packed >> (cols % 8).to(tl.uint8)[None, :]) & 1) != 0

@@ -1,0 +1,122 @@
+"""Every kernel a plan may choose for any layer of any model compiles for GPUs that are not here, without spills."""
+
+import importlib
+
+import pytest
+import torch
+
+from fused_resnet.plan import MODELS, Device, Problem, Unsupported, _gemm_smem, model_problems, triton_plan
+from fused_resnet.reference import Deferred, Geometry, Gradient, Running
+
+pytest.importorskip("triton")
+
+import aot  # noqa: E402
+
+ARCHS = (80, 90, 100)
+BATCHES = (1, 32, 256)
+
+
+def meta(*shape, dtype=torch.float32):
+    memory = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory)
+
+
+def bits(problem: Problem):
+    return torch.empty(problem.n, problem.h, problem.w, -(-problem.c // 8), dtype=torch.uint8, device="meta")
+
+
+def launch_arguments(problem: Problem):
+    """Meta tensors for each way the operators may call the launch function of ``problem``."""
+    dtype = getattr(torch, problem.dtype)
+    x = meta(problem.n, problem.c, problem.h, problem.w, dtype=dtype)
+    a = Deferred(x, meta(5, problem.c))
+    c, k, vector = problem.c, problem.k, meta(problem.c)
+    if problem.op.startswith("conv"):
+        geometry = Geometry(problem.stride, problem.padding, problem.dilation, problem.groups)
+        a = Deferred(x, a.bn if problem.prologue else None)
+        w, bn = meta(k, c, 1, 1, dtype=dtype), meta(5, k)
+        out = meta(problem.n, k, *problem.out_hw, dtype=dtype)
+        if problem.op == "conv_stats":
+            return [(a, w, geometry)]
+        if problem.op == "conv_affine":
+            return [
+                (a, w, bn, None, False, geometry),
+                (a, w, bn, None, True, geometry),
+                (a, w, bn, out, True, geometry),
+            ]
+        if problem.epilogue == "join":
+            return [(a, w, bn, out, None, None, 1)]
+        # A shortcut of stride 1 opens the first stage, one of stride 2 each later stage.
+        return [
+            (a, w, bn, meta(problem.n, k // 2, stride * problem.h, stride * problem.w, dtype=dtype), w_side, bn, stride)
+            for w_side in (meta(k, k // 2, 1, 1, dtype=dtype),)
+            for stride in (1, 2)
+        ]
+    running = Running(vector, vector, torch.empty((), dtype=torch.int64, device="meta"))
+    partials = meta(problem.n, problem.h, c) if problem.n > 1 else None
+    return {
+        "bn_finalize": lambda: [
+            (partials, vector, vector, running, 0.1, 1e-5),
+            (partials, None, None, None, 0.1, 1e-5),
+        ],
+        "bn_frozen": lambda: [(vector, vector, vector, vector, 1e-5)],
+        "bn_act": lambda: [(a, True), (a, False)],
+        "bn_join": lambda: [(a, a), (a, Deferred(x))],
+        "bn_act_sums": lambda: [(x, a)],
+        "join_sums": lambda: [(x, bits(problem), a, a), (x, bits(problem), a, Deferred(x))],
+        "relu_grad": lambda: [(x, bits(problem))],
+        "bn_backward_finalize": lambda: [(partials, a.bn, None), (partials, a.bn, partials)],
+        "bn_backward_apply": lambda: [(Gradient(x, mask, x, meta(3, c)),) for mask in (None, bits(problem))],
+    }[problem.op]()
+
+
+def chosen(arch: int, modules: tuple[str, ...], dtype="bfloat16"):
+    """{spec: (problem, plan)} of every kernel of these modules that the heuristic picks for any layer of any model."""
+    device, specs = Device.default(arch), {}
+    problems = {
+        problem: None
+        for name in MODELS
+        for batch in BATCHES
+        for training in (True, False)
+        for _, problem in model_problems(name, batch, 224, training, dtype)
+    }
+    for problem in problems:
+        try:
+            plan = triton_plan(problem, None, device, "heuristic")
+        except Unsupported:
+            continue
+        if plan.module in modules:
+            launch = getattr(importlib.import_module(f"fused_resnet.kernels.{plan.module}"), plan.launch)
+            for arguments in launch_arguments(problem):
+                for spec in aot.record(launch, *arguments, plan=plan):
+                    specs.setdefault(spec, (problem, plan))
+    return specs
+
+
+def verdicts(compiled, specs, limit):
+    """What is wrong with each compiled kernel, as text."""
+    for result in compiled:
+        problem, plan = specs[result.spec]
+        config = dict(result.spec.constexprs) | dict(result.spec.options)
+        name = f"{result.spec.name} sm_{result.arch} {config}"
+        if result.error:
+            yield f"{name}: {result.error}"
+            continue
+        if result.stack:
+            yield f"{name}: {result.stack} bytes of stack, {result.registers} registers"
+        if result.shared > limit:
+            yield f"{name}: {result.shared} bytes of shared memory, limit {limit}"
+        if plan.module == "conv1x1" and result.shared > _gemm_smem(problem, plan.config):
+            yield f"{name}: {result.shared} bytes of shared memory, estimated {_gemm_smem(problem, plan.config)}"
+        if "BLOCK_K" in config and not result.tensor_core:
+            yield f"{name}: no tensor-core instruction"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("module", ["conv1x1", "bn"])
+def test_every_chosen_kernel_compiles(module, arch):
+    specs = chosen(arch, (module,))
+    assert specs
+    compiled = aot.compile_specs(specs, [arch])
+    faults = list(verdicts(compiled, specs, Device.default(arch).smem_bytes))
+    assert not faults, "\n".join(faults)

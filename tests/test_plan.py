@@ -1,0 +1,262 @@
+"""Planning: policy, tables, and a valid tile for every layer of every model on every card, without a GPU."""
+
+import json
+import threading
+import warnings
+
+import pytest
+
+from fused_resnet import plan as planning
+from fused_resnet.plan import (
+    MODELS,
+    Device,
+    Plan,
+    Problem,
+    TileConfig,
+    Unsupported,
+    chunk_pixels,
+    current_impl,
+    dump_table,
+    load_table,
+    model_problems,
+    plan_for,
+    resolve_impl,
+    statistics_rows,
+    table_entry,
+    triton_plan,
+    unsupported,
+    use,
+)
+
+ARCHS = (80, 86, 89, 90, 100)
+H100 = Device.default(90)
+POINTWISE = Problem("conv_stats", 32, 56, 56, 64, 256, 1, 1, epilogue="stats")
+TILE = TileConfig(128, 64, 64, 8, 3)
+
+
+@pytest.fixture
+def plans(tmp_path, monkeypatch):
+    """An empty folder of tables in place of the shipped ones."""
+    monkeypatch.setattr(planning, "PLANS", tmp_path)
+    planning.measured_winners.cache_clear()
+    plan_for.cache_clear()
+    yield tmp_path
+    planning.measured_winners.cache_clear()
+    plan_for.cache_clear()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_has_a_valid_plan_or_a_reason(name, dtype, arch):
+    device, families = Device.default(arch), set()
+    for training in (True, False):
+        for batch in (1, 8, 256):
+            for _, problem in dict.fromkeys(model_problems(name, batch, 224, training, dtype)):
+                try:
+                    plan = plan_for(problem, device, "triton")
+                except Unsupported as reason:
+                    assert str(reason).startswith(problem.op)
+                    assert not (problem.op in ("conv_stats", "conv_affine") and problem.r == 1), reason
+                else:
+                    assert unsupported(problem, plan.config, device) is None
+                    families.add(plan.module)
+    assert {"conv1x1", "bn"} <= families
+
+
+@pytest.mark.parametrize("name,convolutions", [("resnet18", 20), ("resnet50", 53), ("resnet152", 155)])
+def test_model_problems_count_the_layers(name, convolutions):
+    problems = model_problems(name, 2, 224, False)
+    assert len({layer for layer, problem in problems if problem.op == "conv_affine"}) == convolutions
+    training = model_problems(name, 2, 224, True)
+    assert len({layer for layer, problem in training if problem.op == "conv_wgrad"}) == convolutions
+
+
+def test_model_problems_geometry():
+    problems = dict.fromkeys(model_problems("resnext50_32x4d", 4, 224, False))
+    conv2 = [problem for layer, problem in problems if layer == "layer2.0.conv2" and problem.op == "conv_affine"]
+    assert conv2[0].groups == 32 and conv2[0].c == 256 and conv2[0].out_hw == (28, 28)
+    down = [problem for layer, problem in problems if layer == "layer4.0.downsample.0" and problem.r == 1]
+    assert (down[0].c, down[0].k, down[0].stride, down[0].out_hw) == (1024, 2048, (2, 2), (7, 7))
+
+
+def test_model_problems_are_those_the_operators_ask_for():
+    """A training step of one block, run on meta tensors, asks for no plan that the list of problems lacks."""
+    torch = pytest.importorskip("torch")
+    from fused_resnet import FusedBottleneck, ops
+
+    listed = {problem for _, problem in model_problems("resnet50", 2, 64, True, "float32")}
+    asked = []
+    with ops.record(lambda problem, plan: asked.append(problem), H100), use("reference"), torch.device("meta"):
+        block = FusedBottleneck(256, 64).to(memory_format=torch.channels_last)
+        x = torch.empty(2, 256, 16, 16, requires_grad=True)
+        block(x.contiguous(memory_format=torch.channels_last)).sum().backward()
+    asked = [
+        problem for problem in asked if problem.op in planning.FAMILIES[0].launches | planning.FAMILIES[1].launches
+    ]
+    assert asked
+    assert not set(asked) - listed
+
+
+def test_unmeasured_problems_go_to_the_library(plans):
+    assert plan_for(POINTWISE, H100, "auto") == Plan("library", None, "not measured on sm90")
+    assert plan_for(POINTWISE, None, "auto") == Plan("reference", None, "no CUDA device")
+    assert plan_for(POINTWISE, H100, "reference").backend == "reference"
+
+
+def test_explicit_impl_never_falls_back(plans):
+    plan = plan_for(POINTWISE, H100, "triton")
+    assert (plan.backend, plan.module, plan.launch) == ("triton", "conv1x1", "launch_conv1x1_stats")
+    with pytest.raises(Unsupported, match="no CUDA device"):
+        plan_for(POINTWISE, None, "triton")
+    with pytest.raises(Unsupported, match="32 groups"):
+        plan_for(Problem("conv_stats", 1, 8, 8, 64, 64, 1, 1, groups=32), H100, "triton")
+    with pytest.raises(Unsupported, match="float64"):
+        plan_for(Problem("bn_act", 1, 8, 8, 64, 64, dtype="float64"), H100, "triton")
+    with pytest.raises(Unsupported, match="sm75"):
+        plan_for(POINTWISE, Device(75, 40, 65536), "triton")
+    with pytest.raises(Unsupported, match="no kernel in the CUDA library"):
+        plan_for(POINTWISE, H100, "cuda")
+    finalize = Problem("bn_finalize", 512, 3, 1, 64, 64, dtype="float32")
+    plan = plan_for(finalize, H100, "cuda")
+    assert (plan.backend, plan.module, plan.launch) == ("cuda", "native", "launch_bn_finalize")
+    with pytest.raises(ValueError, match="impl must be one of"):
+        plan_for(POINTWISE, H100, "fast")
+
+
+def test_more_pixels_than_32_bits_are_refused():
+    assert "32-bit" in unsupported(Problem("bn_act", 2**16, 2**8, 2**8, 8, 8), None, H100)
+
+
+@pytest.mark.parametrize(
+    "config,reason",
+    [
+        (TileConfig(128, 64, 48), "powers of two"),
+        (TileConfig(512, 64, 64, 8), "statistics"),
+        (TileConfig(256, 256, 64, 4), "accumulators"),
+        (TileConfig(128, 128, 128, 8, 4), "shared memory"),
+        (TileConfig(128, 64, 64, 3), "num_warps"),
+    ],
+)
+def test_impossible_tiles_have_reasons(config, reason):
+    assert reason in unsupported(POINTWISE, config, H100)
+
+
+def test_shared_memory_limit_is_the_cards(plans):
+    tile = TileConfig(128, 128, 64, 8, 4)
+    assert unsupported(POINTWISE, tile, H100) is None
+    assert "101376" in unsupported(POINTWISE, tile, Device.default(86))
+
+
+def test_table_round_trip(plans):
+    other = Problem("bn_act", 32, 56, 56, 64, 64)
+    finalize = Problem("bn_finalize", 512, 3, 1, 64, 64, dtype="float32")
+    entries = [
+        table_entry(POINTWISE, "triton", TILE, 10.0, 20.0),
+        table_entry(other, "library", TileConfig(32, 64), 9.0, 8.0),
+        table_entry(finalize, "cuda", None, 1.0, 2.0),
+    ]
+    dump_table(plans / "sm90.json", 90, {"card": "test"}, entries)
+    plan = plan_for(POINTWISE, H100, "auto")
+    assert (plan.backend, plan.config, plan.module) == ("triton", TILE, "conv1x1")
+    assert plan.reason == "measured on sm90: 10.0 us, library 20.0 us"
+    assert plan_for(other, H100, "auto").backend == "library"
+    assert plan_for(other, H100, "triton").config == TileConfig(32, 64)
+    assert plan_for(finalize, H100, "auto").module == "native"
+    assert plan_for(POINTWISE, Device.default(80), "auto").reason == "not measured on sm80"
+
+
+def test_measured_tile_that_does_not_fit_the_card(plans):
+    entries = [table_entry(POINTWISE, "triton", TileConfig(128, 128, 64, 8, 4), 1.0, 2.0)]
+    dump_table(plans / "sm90.json", 90, {}, entries)
+    small = Device(90, 16, 99 * 1024)
+    assert "does not fit" in plan_for(POINTWISE, small, "auto").reason
+    assert plan_for(POINTWISE, small, "triton").reason.endswith("heuristic")
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"format": 1, "arch": 90, "ent', "[]", '{"format": 99, "arch": 90, "entries": []}']
+)
+def test_damaged_table_warns_with_its_name(plans, text):
+    (plans / "sm90.json").write_text(text)
+    with pytest.warns(UserWarning, match="sm90.json"):
+        assert plan_for(POINTWISE, H100, "auto").reason == "not measured on sm90"
+
+
+def test_table_of_another_architecture(plans):
+    dump_table(plans / "sm90.json", 80, {}, [])
+    with pytest.warns(UserWarning, match="sm80"):
+        assert load_table(plans / "sm90.json", 90) == {}
+
+
+def test_unknown_entries_are_left_out(plans):
+    good = table_entry(POINTWISE, "triton", TILE, 10.0, 20.0)
+    bad = [
+        good | {"problem": good["problem"] | {"op": "conv_winograd"}},
+        good | {"backend": "vulkan"},
+        good | {"config": TILE.__dict__ | {"cluster": 2}},
+        good | {"config": None},
+        good | {"problem": {"op": "bn_act"}},
+        "not an entry",
+    ]
+    path = plans / "sm90.json"
+    dump_table(path, 90, {}, [*bad, good])
+    with pytest.warns(UserWarning, match="6 entries left out"):
+        winners = load_table(path, 90)
+    assert list(winners) == [POINTWISE]
+
+
+def test_shipped_tables_load():
+    shipped = planning.PLANS
+    for path in shipped.glob("*.json"):
+        arch = int(path.stem.removeprefix("sm"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            winners = load_table(path, arch)
+        for problem, winner in winners.items():
+            if winner.backend == "triton":
+                triton_plan(problem, winner.config, Device.default(arch), "")
+        assert json.loads(path.read_text())["origin"]
+
+
+@pytest.mark.parametrize("pixels", [1, 255, 256, 257, 50176, 802816, 10**7])
+@pytest.mark.parametrize("channels", [1, 35, 64, 65, 512, 2048])
+def test_chunks_cover_the_pixels(pixels, channels):
+    rows = statistics_rows(channels)
+    chunk = chunk_pixels(pixels, rows)
+    assert 64 <= rows <= 512 and chunk % 256 == 0 and rows * chunk >= pixels
+    assert Plan.statistics_rows(channels) == rows and Plan.chunk_pixels(pixels, rows) == chunk
+
+
+def test_use_nests_and_is_per_thread():
+    seen = []
+    with use("triton"):
+        with use("reference"):
+            assert current_impl() == "reference"
+            thread = threading.Thread(target=lambda: seen.append(current_impl()))
+            thread.start()
+            thread.join()
+        assert current_impl() == resolve_impl(None) == "triton"
+        assert resolve_impl("auto") == "auto"
+    assert current_impl() == "auto" and seen == ["auto"]
+    with pytest.raises(ValueError, match="got 'fast'"), use("fast"):
+        pass
+    with pytest.raises(RuntimeError), use("triton"):
+        raise RuntimeError
+    assert current_impl() == "auto"
+
+
+def test_compiled_functions_notice_use():
+    torch = pytest.importorskip("torch")
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def function(x):
+        with use("cuda"):
+            inner = current_impl()
+        return x + (1 if current_impl() == "auto" else 2), inner
+
+    x = torch.zeros(())
+    assert function(x)[0] == 1 and function(x)[1] == "cuda"
+    with use("triton"):
+        assert function(x)[0] == 2
+    assert function(x)[0] == 1
