@@ -77,3 +77,21 @@ def input_precision(dtype: torch.dtype) -> str:
     if switch == "none":
         switch = torch.backends.cudnn.fp32_precision
     return "tf32" if switch == "tf32" else "ieee"
+
+
+def convolution_constants(w: Tensor, geometry) -> dict[str, int]:
+    """Extents of the kernel [K, C, R, S] and the geometry, as the constexprs of a convolution; ValueError if grouped."""
+    if geometry.groups != 1:
+        raise ValueError(f"{geometry.groups} groups; these kernels convolve one")
+    constants = {"R": w.shape[2], "S": w.shape[3]}
+    for name, pair in zip(("STRIDE", "PAD", "DILATION"), geometry[:3]):
+        constants[f"{name}_H"], constants[f"{name}_W"] = pair
+    return constants
+
+
+def tap_major(w: Tensor) -> Tensor:
+    """A weight [K, C, R, S] as [K, R, S, C] in memory: ``w`` itself if it is channels_last, else a copy.
+
+    The channels of a tap must be neighbours for wide loads; one copy of a weight costs less than nine strided readings.
+    """
+    return w.permute(0, 2, 3, 1).contiguous()
