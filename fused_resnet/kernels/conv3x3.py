@@ -4,9 +4,9 @@ In channels_last memory, with rows m = (n, p, q) and depth (r, s, c) over a weig
 
     acc[m, k] = sum_{r, s, c} a[n, p * stride - pad + r * dilation, q * stride - pad + s * dilation, c] w[k, r, s, c]
 
-where a outside of the image is zero. With a prologue a is relu(a * scale_a + shift_a), and the zeros of the padding come
-**after** it. A 3x3 would apply a prologue nine times to every value; callers that can, write the activation out first.
-The epilogue on the fp32 accumulators is one of
+where a outside of the image is zero. With a prologue a is relu(a * scale_a + shift_a), and the zeros of the padding
+come **after** it. A 3x3 would apply a prologue nine times to every value; callers that can, write the activation out
+first. The epilogue on the fp32 accumulators is one of
 
     statistics  c = acc, cast; partials[t] = (count, mean, M2) of acc over chunk t of consecutive pixels
     affine      out = acc * scale + shift  [+ residual]  [relu], cast
@@ -25,7 +25,9 @@ from . import (
     empty_rows,
     input_precision,
     on_device_of,
+    output_hw,
     require_like,
+    require_pixels,
     require_rows,
     require_vectors,
     tap_major,
@@ -106,14 +108,12 @@ def _gemm_tile(
 
 
 @triton.jit(do_not_specialize=["gemm_m", "in_h", "in_w", "out_h", "out_w", "chunk_pixels"])
-def _conv3x3_fwd_kernel(
+def _conv3x3_stats_kernel(
     a_ptr,  # [pixels in, channels]
     a_bn_ptr,  # [5, channels] fp32 | None
     w_ptr,  # [gemm_n, R, S, channels]
     out_ptr,  # [gemm_m, gemm_n]
-    partials_ptr,  # [chunks, 3, gemm_n] fp32 | None: affine epilogue
-    bn_ptr,  # [5, gemm_n] fp32 | None: statistics epilogue
-    residual_ptr,  # [gemm_m, gemm_n] | None
+    partials_ptr,  # [chunks, 3, gemm_n] fp32
     gemm_m,
     gemm_n,
     channels,
@@ -122,7 +122,6 @@ def _conv3x3_fwd_kernel(
     out_h,
     out_w,
     chunk_pixels,  # pixels of a program, a multiple of BLOCK_M
-    RELU: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -143,11 +142,11 @@ def _conv3x3_fwd_kernel(
     cols = first_col + tl.arange(0, BLOCK_N)
     start = chunk * chunk_pixels
     stop = tl.minimum(start + chunk_pixels, gemm_m)
-
-    count = 0.0
-    mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    m2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for tile in range(tl.cdiv(stop - start, BLOCK_M)):
+    # The running statistics live in memory: carried through the loop in the accumulators' layout, which keeps copies of
+    # a channel in many threads, they would cost 64 registers. For the same reason nothing is hoisted out of the loop.
+    row_ptr = partials_ptr + chunk.to(tl.int64) * 3 * gemm_n + cols
+    _store_statistics(row_ptr, 0.0, tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32), cols, gemm_n)
+    for tile in tl.range(tl.cdiv(stop - start, BLOCK_M), disable_licm=True):
         row0 = start + tile * BLOCK_M
         acc = _gemm_tile(
             a_ptr,
@@ -176,26 +175,95 @@ def _conv3x3_fwd_kernel(
             BLOCK_K,
         )
         rows = row0 + tl.arange(0, BLOCK_M)
-        valid_rows = rows < stop
-        valid = valid_rows[:, None] & (cols < gemm_n)[None, :]
         elements = rows.to(tl.int64)[:, None] * gemm_n + cols[None, :]  # [BLOCK_M, BLOCK_N]
-        if partials_ptr is not None:
-            tile_count = tl.minimum(stop - row0, BLOCK_M).to(tl.float32)
-            tile_mean, tile_m2 = tile_statistics(acc, valid_rows, tile_count)
-            count, mean, m2 = merge_statistics(count, mean, m2, tile_count, tile_mean, tile_m2)
-        if bn_ptr is not None:
-            acc = affine(acc, load_vector(bn_ptr, BN_SCALE, gemm_n, cols), load_vector(bn_ptr, BN_SHIFT, gemm_n, cols))
-        if residual_ptr is not None:
-            acc += tl.load(residual_ptr + elements, mask=valid, other=0.0).to(tl.float32)
-        if RELU:
-            acc = relu(acc)
+        valid = (rows < stop)[:, None] & (cols < gemm_n)[None, :]
         tl.store(out_ptr + elements, acc.to(out_ptr.dtype.element_ty), mask=valid)
+        tile_count = tl.minimum(stop - row0, BLOCK_M).to(tl.float32)
+        tile_mean, tile_m2 = tile_statistics(acc, rows < stop, tile_count)
+        mean = tl.load(row_ptr + gemm_n, mask=cols < gemm_n, other=0.0)
+        m2 = tl.load(row_ptr + 2 * gemm_n, mask=cols < gemm_n, other=0.0)
+        count, mean, m2 = merge_statistics((row0 - start).to(tl.float32), mean, m2, tile_count, tile_mean, tile_m2)
+        _store_statistics(row_ptr, count, mean, m2, cols, gemm_n)
 
-    if partials_ptr is not None:
-        row_ptr = partials_ptr + chunk.to(tl.int64) * 3 * gemm_n + cols
-        tl.store(row_ptr, tl.zeros((BLOCK_N,), dtype=tl.float32) + count, mask=cols < gemm_n)
-        tl.store(row_ptr + gemm_n, mean, mask=cols < gemm_n)
-        tl.store(row_ptr + 2 * gemm_n, m2, mask=cols < gemm_n)
+
+@triton.jit
+def _store_statistics(row_ptr, count, mean, m2, cols, channels):
+    """Store a row (count, mean, M2) for this program's own later loads, too: hence the barriers around it."""
+    tl.debug_barrier()
+    tl.store(row_ptr, tl.zeros_like(mean) + count, mask=cols < channels)
+    tl.store(row_ptr + channels, mean, mask=cols < channels)
+    tl.store(row_ptr + 2 * channels, m2, mask=cols < channels)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["gemm_m", "in_h", "in_w", "out_h", "out_w"])
+def _conv3x3_affine_kernel(
+    a_ptr,  # [pixels in, channels]
+    a_bn_ptr,  # [5, channels] fp32 | None
+    w_ptr,  # [gemm_n, R, S, channels]
+    bn_ptr,  # [5, gemm_n] fp32
+    residual_ptr,  # [gemm_m, gemm_n] | None
+    out_ptr,  # [gemm_m, gemm_n]
+    gemm_m,
+    gemm_n,
+    channels,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    RELU: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_n = tl.cdiv(gemm_n, BLOCK_N)
+    row0 = tl.program_id(0) // tiles_n * BLOCK_M
+    first_col = tl.program_id(0) % tiles_n * BLOCK_N
+    acc = _gemm_tile(
+        a_ptr,
+        a_bn_ptr,
+        w_ptr,
+        row0,
+        gemm_m,
+        first_col,
+        gemm_n,
+        channels,
+        in_h,
+        in_w,
+        out_h,
+        out_w,
+        R,
+        S,
+        STRIDE_H,
+        STRIDE_W,
+        PAD_H,
+        PAD_W,
+        DILATION_H,
+        DILATION_W,
+        INPUT_PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    rows = row0 + tl.arange(0, BLOCK_M)
+    cols = first_col + tl.arange(0, BLOCK_N)
+    elements = rows.to(tl.int64)[:, None] * gemm_n + cols[None, :]  # [BLOCK_M, BLOCK_N]
+    valid = (rows < gemm_m)[:, None] & (cols < gemm_n)[None, :]
+    acc = affine(acc, load_vector(bn_ptr, BN_SCALE, gemm_n, cols), load_vector(bn_ptr, BN_SHIFT, gemm_n, cols))
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + elements, mask=valid, other=0.0).to(tl.float32)
+    if RELU:
+        acc = relu(acc)
+    tl.store(out_ptr + elements, acc.to(out_ptr.dtype.element_ty), mask=valid)
 
 
 def _output(a, w, geometry):
@@ -205,56 +273,23 @@ def _output(a, w, geometry):
         raise ValueError(f"weight is {tuple(w.shape)} {w.dtype}; expected [K, {a.c.shape[1]}, R, S] {a.c.dtype}")
     if a.bn is not None:
         require_vectors("a.bn", a.bn, 5, a.c.shape[1])
-    out_hw = [
-        (extent + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
-        for extent, taps, stride, pad, dilation in zip(a.c.shape[2:], w.shape[2:], *geometry[:3])
-    ]
+    out_hw = output_hw(a.c.shape[2:], w.shape, geometry)
     if min(out_hw) < 1:
         raise ValueError(f"a {w.shape[2]}x{w.shape[3]} kernel does not fit into {tuple(a.c.shape[2:])} with {geometry}")
     return empty_rows(a.c.shape[0], w.shape[0], *out_hw, a.c)
 
 
-def _launch(a, w, out, geometry, plan, *, partials=None, bn=None, residual=None, relu=False):
-    constants = convolution_constants(w, geometry)
-    n, channels, in_h, in_w = a.c.shape
-    gemm_n, out_h, out_w = out.shape[1:]
-    gemm_m = n * out_h * out_w
-    config = plan.config
-    if partials is None:
-        chunks, chunk_pixels = triton.cdiv(gemm_m, config.block_m), config.block_m
-    else:
-        chunks, chunk_pixels = partials.shape[0], plan.chunk_pixels(gemm_m, partials.shape[0])
-    if max(chunks * chunk_pixels, n * in_h * in_w) >= 2**31:
-        raise ValueError(f"{gemm_m} output pixels: pixel indices are 32-bit")
-    grid = (chunks * triton.cdiv(gemm_n, config.block_n),)
-    if grid[0] == 0:
-        return
-    with on_device_of(out):
-        _conv3x3_fwd_kernel[grid](
-            a.c,
-            a.bn,
-            tap_major(w),
-            out,
-            partials,
-            bn,
-            residual,
-            gemm_m,
-            gemm_n,
-            channels,
-            in_h,
-            in_w,
-            out_h,
-            out_w,
-            chunk_pixels,
-            RELU=relu,
-            **constants,
-            INPUT_PRECISION=input_precision(a.c.dtype),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+def _constants(a, w, geometry, config) -> dict:
+    """What both kernels take by name."""
+    return {
+        **convolution_constants(w.shape, geometry),
+        "INPUT_PRECISION": input_precision(a.c.dtype),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def launch_conv3x3_stats(a, w, geometry, plan):
@@ -264,16 +299,53 @@ def launch_conv3x3_stats(a, w, geometry, plan):
     (c [N, K, P, Q] in a's dtype, partials [T, 3, K] fp32: count, mean and M2 of the accumulators over each chunk).
     """
     out = _output(a, w, geometry)
-    partials = torch.empty((plan.statistics_rows(w.shape[0]), 3, w.shape[0]), dtype=torch.float32, device=out.device)
-    _launch(a, w, out, geometry, plan, partials=partials)
+    n, k, out_h, out_w = out.shape
+    pixels, rows = n * out_h * out_w, plan.statistics_rows(k)
+    chunk_pixels = plan.chunk_pixels(pixels, rows)
+    require_pixels(a.c, rows * chunk_pixels)
+    partials = torch.empty((rows, 3, k), dtype=torch.float32, device=out.device)
+    with on_device_of(out):
+        _conv3x3_stats_kernel[(rows * triton.cdiv(k, plan.config.block_n),)](
+            a.c,
+            a.bn,
+            tap_major(w),
+            out,
+            partials,
+            pixels,
+            k,
+            *a.c.shape[1:],
+            out_h,
+            out_w,
+            chunk_pixels,
+            **_constants(a, w, geometry, plan.config),
+        )
     return out, partials
 
 
 def launch_conv3x3_affine(a, w, bn, residual, relu, geometry, plan):
     """out = conv(relu(bn(a)), w) * scale + shift [+ residual] [relu]; residual [N, K, P, Q] or None."""
     out = _output(a, w, geometry)
-    require_vectors("bn", bn, 5, w.shape[0])
+    n, k, out_h, out_w = out.shape
+    require_vectors("bn", bn, 5, k)
     if residual is not None:
         require_like("residual", residual, out)
-    _launch(a, w, out, geometry, plan, bn=bn, residual=residual, relu=relu)
+    pixels, config = n * out_h * out_w, plan.config
+    require_pixels(a.c, pixels + config.block_m)
+    if pixels:
+        with on_device_of(out):
+            _conv3x3_affine_kernel[(triton.cdiv(pixels, config.block_m) * triton.cdiv(k, config.block_n),)](
+                a.c,
+                a.bn,
+                tap_major(w),
+                bn,
+                residual,
+                out,
+                pixels,
+                k,
+                *a.c.shape[1:],
+                out_h,
+                out_w,
+                RELU=relu,
+                **_constants(a, w, geometry, config),
+            )
     return out
