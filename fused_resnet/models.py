@@ -27,8 +27,12 @@ class PadShortcut(nn.Module):
         self.added, self.stride = outplanes - inplanes, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, inplanes, H, W] -> [N, outplanes, H / stride, W / stride]; the zeros go to both ends of the channels."""
-        x = x[:, :, :: self.stride, :: self.stride]
+        """[N, inplanes, H, W] -> [N, outplanes, H / stride, W / stride] rounded up, in channels_last memory.
+
+        The zeros go to both ends of the channels.
+        """
+        # Without it, padding a strided view of odd height or width falls back to NCHW.
+        x = x[:, :, :: self.stride, :: self.stride].contiguous(memory_format=torch.channels_last)
         return F.pad(x, (0, 0, 0, 0, self.added // 2, self.added - self.added // 2))
 
 
@@ -74,10 +78,11 @@ class ResNet(nn.Module):
         groups, width_per_group: of the 3x3 convolutions of bottlenecks (ResNeXt, wide ResNet).
         replace_stride_with_dilation: three flags for stages 2 to 4.
         norm_layer: default nn.BatchNorm2d.
-        shortcut: "B" (default, torchvision's): projection where shapes change; "A": zero-padded identity; "C": projection
-            everywhere; None: no shortcuts at all, the plain network. All but "B" need FusedBasicBlock.
+        shortcut: "B" (default, torchvision's): projection where shapes change; "A": zero-padded identity; "C":
+            projection everywhere; None: none at all, the plain network. All but "B" need FusedBasicBlock.
 
-    Raises ValueError for flags that are not three, or a shortcut that is unknown or does not fit the block.
+    Raises ValueError for flags that are not three, a shortcut that is unknown or does not fit the block, or
+    zero_init_residual without shortcuts, which would leave a network that no gradient passes.
     """
 
     def __init__(
@@ -100,6 +105,8 @@ class ResNet(nn.Module):
                 f"replace_stride_with_dilation should be None or a 3-element tuple, got {replace_stride_with_dilation}"
             )
         self._shortcut = _check_shortcut(shortcut, block)
+        if shortcut is None and zero_init_residual:
+            raise ValueError("zero_init_residual: must be False with shortcut=None, got True")
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self.inplanes = 64
         self.dilation = 1
@@ -236,8 +243,8 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int, shortcut: str | None = "A", num_classes: int = 10) -> None:
         super().__init__()
-        if depth < 8 or depth % 6 != 2:
-            raise ValueError(f"depth: expected 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...), got {depth}")
+        if not isinstance(depth, int) or depth < 8 or depth % 6 != 2:
+            raise ValueError(f"depth: expected 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...), got {depth!r}")
         _check_shortcut(shortcut, FusedBasicBlock)
         block = PlainBlock if shortcut is None else FusedBasicBlock
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)

@@ -60,13 +60,15 @@ def device_of(x: Tensor, impl: str) -> planning.Device | None:
     return None
 
 
-def _problem(name: str, x: Tensor, geometry=None, w_shape=None, prologue: bool = False, epilogue: str = "") -> Problem:
+def _problem(
+    name: str, x: Tensor, geometry=None, w_shape=None, prologue: bool = False, epilogue: str = "", side: int = 0
+) -> Problem:
     n, c, height, width = x.shape
     k, _, r, s = w_shape or (c, c, 0, 0)
     geometry = geometry or Geometry()
     return Problem(
         name, n, height, width, c, k, r, s, *map(tuple, geometry[:3]), geometry.groups,
-        str(x.dtype).removeprefix("torch."), prologue, epilogue,
+        str(x.dtype).removeprefix("torch."), prologue, epilogue, side,
     )  # fmt: skip
 
 
@@ -159,7 +161,8 @@ def _(select, x, bn_in, w, stride, padding, dilation, groups, impl):
 )
 def _(select, x, bn_in, w, bn, residual, relu, stride, padding, dilation, groups, impl):
     geometry = Geometry(stride, padding, dilation, groups)
-    run = select("conv_affine", impl, x, geometry, w.shape, bn_in is not None, "affine")
+    epilogue = "affine" if residual is None else "affine+residual"
+    run = select("conv_affine", impl, x, geometry, w.shape, bn_in is not None, epilogue)
     return run(Deferred(x, bn_in), w, bn, residual, relu, geometry)
 
 
@@ -194,8 +197,12 @@ def _(select, c, bn, shortcut, bn_shortcut, impl):
     " Tensor? bn_shortcut, int stride_shortcut, str impl) -> (Tensor, Tensor)"
 )
 def _(select, x, bn_in, w, bn, shortcut, w_shortcut, bn_shortcut, stride_shortcut, impl):
-    epilogue = "join" if w_shortcut is None else "join_downsample"
-    run = select("conv1x1_join", impl, x, None, w.shape, bn_in is not None, epilogue)
+    details = w.shape, bn_in is not None, "join"
+    geometry = Geometry()
+    if w_shortcut is not None:
+        details = w.shape, bn_in is not None, "join_downsample", w_shortcut.shape[1]
+        geometry = Geometry((stride_shortcut, stride_shortcut))
+    run = select("conv1x1_join", impl, x, geometry, *details)
     return run(Deferred(x, bn_in), w, bn, shortcut, w_shortcut, bn_shortcut, stride_shortcut)
 
 
@@ -263,7 +270,9 @@ def _(
 ):  # fmt: skip
     geometry = Geometry(stride, padding, dilation, groups)
     epilogue = "".join((("relu" if relu_c is not None else ""), ("add" if addend is not None else "")))
-    run = select("conv_dgrad", impl, g, geometry, w.shape, coef is not None, epilogue)
+    # Seen from the gradient: it has the convolution's output channels, and the result its input channels.
+    transposed = (w.shape[1] * groups, w.shape[0] // groups, *w.shape[2:])
+    run = select("conv_dgrad", impl, g, geometry, transposed, coef is not None, epilogue)
     grad_add = None if addend is None else Gradient(addend, addend_mask)
     result = run(
         Gradient(g, mask, c, coef), w, geometry, tuple(input_hw), _deferred(relu_c, relu_bn), grad_add, addend_stride

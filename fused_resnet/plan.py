@@ -8,6 +8,7 @@ architecture goes to the library kernel: a fused kernel is chosen only where it 
 from __future__ import annotations
 
 import json
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -64,8 +65,8 @@ class Problem:
     ``n, h, w, c`` are the shape of the operator's first tensor, ``k`` the output channels of its convolution and
     ``r, s`` the kernel; operators without a weight have ``k == c`` and ``r == s == 0``. Partial statistics [T, R, C]
     count as T images of R x 1 pixels. ``prologue`` is True when that tensor comes with a BatchNorm still to be applied.
-    ``epilogue`` names what follows the accumulation: "stats", "affine", "join", "join_downsample" (a second GEMM over
-    the shortcut), or "" when the operator has no variants.
+    ``epilogue`` names what follows the accumulation: "stats", "affine", "affine+residual", "join", "join_downsample" (a
+    second GEMM over ``side`` channels of the shortcut, at ``stride``), or "" when the operator has no variants.
     """
 
     op: str
@@ -83,12 +84,16 @@ class Problem:
     dtype: str = "bfloat16"
     prologue: bool = False
     epilogue: str = ""
+    side: int = 0
 
     @property
     def out_hw(self) -> tuple[int, int]:
-        """Height and width of the convolution's output, P and Q; of the input for operators without a weight."""
-        if self.r == 0:
+        """Height and width of the operator's output: of its input for one without a weight, up to an odd remainder that
+        the problem does not know for an input gradient."""
+        if self.r == 0 or self.op == "conv1x1_join":
             return self.h, self.w
+        if self.op == "conv_dgrad":
+            return self.h * self.stride[0], self.w * self.stride[1]
         p = (self.h + 2 * self.padding[0] - self.dilation[0] * (self.r - 1) - 1) // self.stride[0] + 1
         q = (self.w + 2 * self.padding[1] - self.dilation[1] * (self.s - 1) - 1) // self.stride[1] + 1
         return p, q
@@ -269,7 +274,8 @@ def _conv1x1_heuristic(problem: Problem, device: Device) -> TileConfig:
             block_n = min(32, block_n)
     elif -(-problem.gemm_m // block_m) * -(-problem.gemm_n // block_n) < device.sm_count:
         block_m = min(64, block_m)
-    num_warps = 8 if block_m * block_n >= 128 * 64 else 4
+    # fp32 operands take twice the registers of 16-bit ones.
+    num_warps = 8 if block_m * block_n >= (64 if full else 128) * 64 else 4
     for num_stages in (4, 3, 2):
         config = TileConfig(block_m, block_n, block_k, num_warps, num_stages)
         # Two blocks on an SM hide each other's epilogue, so one takes at most half of the shared memory.
@@ -294,14 +300,14 @@ def _elementwise_unsupported(problem: Problem, config: TileConfig | None, device
 def _elementwise_heuristic(problem: Problem, device: Device) -> TileConfig:
     """4096 values for 128 threads: a thread moves 32 values of every tensor, four 16-byte loads at 16 bit each."""
     block_n = min(128, max(8, _next_power_of_two(problem.c)))
-    if problem.op in _VECTOR_OPS:
+    if problem.op in VECTOR_OPS:
         # Merging partial rows: latency alone matters. 32 channels make a 128-byte line; rows go in steps of 32.
         return TileConfig(32, min(32, block_n), num_warps=4, num_stages=2)
     values = 2048 if problem.op in _SUMMING_OPS else 4096
     return TileConfig(min(256, values // block_n), block_n, num_warps=4, num_stages=2)
 
 
-_VECTOR_OPS = frozenset({"bn_finalize", "bn_frozen", "merge_partials", "bn_backward_finalize"})
+VECTOR_OPS = frozenset({"bn_finalize", "bn_frozen", "merge_partials", "bn_backward_finalize"})
 _SUMMING_OPS = frozenset({"bn_act_sums", "join_sums"})
 _PIXEL_OPS = frozenset({"bn_act", "bn_join", "relu_grad", "bn_backward_apply"})
 
@@ -332,7 +338,7 @@ FAMILIES = (
     ),
     Family(
         "bn",
-        {op: f"launch_{op}" for op in sorted(_VECTOR_OPS | _SUMMING_OPS | _PIXEL_OPS)},
+        {op: f"launch_{op}" for op in sorted(VECTOR_OPS | _SUMMING_OPS | _PIXEL_OPS)},
         _elementwise_unsupported,
         _elementwise_heuristic,
     ),
@@ -456,8 +462,36 @@ class Winner(NamedTuple):
 @lru_cache(maxsize=16)
 def measured_winners(arch: int) -> dict[Problem, Winner]:
     """The measured winners shipped for an architecture; empty when there is no table."""
-    path = PLANS / f"sm{arch}.json"
-    return load_table(path, arch) if path.exists() else {}
+    return load_table(PLANS / f"sm{arch}.json", arch)
+
+
+def forget_choices() -> None:
+    """Plan anew from the tables in memory: after `measured_winners`' dict was changed."""
+    plan_for.cache_clear()
+    plan_block.cache_clear()
+
+
+def forget_tables() -> None:
+    """Read the tables anew at the next plan: after one was written."""
+    measured_winners.cache_clear()
+    forget_choices()
+
+
+def read_entries(path: Path, arch: int) -> list[dict]:
+    """The entries of a table as `table_entry` made them; none, with a warning that names the file, if it is damaged.
+
+    A missing file has none, without a warning.
+    """
+    if not path.exists():
+        return []
+    try:
+        table = json.loads(path.read_text())
+        if table["format"] != TABLE_FORMAT or table["arch"] != arch:
+            raise ValueError(f"format {table['format']}, sm{table['arch']}; expected {TABLE_FORMAT}, sm{arch}")
+        return list(table["entries"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{path}: not a usable plan table, going on without it ({error!r})", stacklevel=3)
+        return []
 
 
 def load_table(path: Path, arch: int) -> dict[Problem, Winner]:
@@ -467,17 +501,9 @@ def load_table(path: Path, arch: int) -> dict[Problem, Winner]:
     or a configuration this version does not know is left out. Both warn, naming the file: a damaged table costs speed,
     never an answer.
     """
-    try:
-        table = json.loads(path.read_text())
-        if table["format"] != TABLE_FORMAT or table["arch"] != arch:
-            raise ValueError(f"format {table['format']}, sm{table['arch']}; expected {TABLE_FORMAT}, sm{arch}")
-        entries = list(table["entries"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"{path}: not a usable plan table, going on without it ({error!r})", stacklevel=2)
-        return {}
     winners: dict[Problem, Winner] = {}
     left_out = []
-    for entry in entries:
+    for entry in read_entries(path, arch):
         try:
             problem, winner = _read_entry(entry, arch)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -512,9 +538,15 @@ def table_entry(problem: Problem, backend: str, config: TileConfig | None, us: f
 
 
 def dump_table(path: Path, arch: int, origin: dict[str, str], entries: Iterable[dict]) -> None:
-    """Write a table for `load_table`. ``origin`` says where the numbers come from: card, commit, date, versions."""
+    """Write a table for `load_table`, atomically: a reader sees the old one or the new one.
+
+    ``origin`` says where the numbers come from: card, commit, date, versions.
+    """
     table = {"format": TABLE_FORMAT, "arch": arch, "origin": origin, "entries": list(entries)}
-    path.write_text(json.dumps(table, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(table, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 # name -> (bottleneck?, blocks per stage, groups, channels per group in the first stage)
@@ -564,10 +596,20 @@ class _Conv(NamedTuple):
         """Of an elementwise operator on the convolution's output."""
         return Problem(op, self.n, *self.problem("").out_hw, self.k, self.k, dtype=self.dtype)
 
+    @property
+    def plain(self) -> bool:
+        """A matrix product: its operators can read deferred tensors."""
+        return self.r == 1 and self.stride == 1
+
     def dgrad(self, epilogue: str) -> Problem:
-        """Of the input gradient, whose first tensor is the gradient of the output."""
+        """Of the input gradient, whose first tensor is the gradient of the output: K channels in, C out.
+
+        That of a strided 1x1 is computed on the pixels it has read, as if they were the whole map.
+        """
         p, q = self.problem("").out_hw
-        return replace(self.problem("conv_dgrad", True, epilogue), h=p, w=q, c=self.k)
+        stride = 1 if self.r == 1 else self.stride
+        problem = self.problem("conv_dgrad", self.plain, epilogue)
+        return replace(problem, h=p, w=q, c=self.k, k=self.c, stride=(stride, stride))
 
     def vectors(self, op: str, kinds: int) -> Problem:
         """Of an operator on the partial statistics [T, kinds, K] of the output."""
@@ -641,7 +683,10 @@ def _stem_problems(stem: _Conv, training: bool) -> list[tuple[str, Problem]]:
 
 
 def _join(last: _Conv, down: _Conv | None, prologue: bool) -> Problem:
-    return last.problem("conv1x1_join", prologue, "join" if down is None else "join_downsample")
+    if down is None:
+        return last.problem("conv1x1_join", prologue, "join")
+    stride = (down.stride, down.stride)
+    return replace(last.problem("conv1x1_join", prologue, "join_downsample"), stride=stride, side=down.c)
 
 
 def _inference_problems(convs: list[_Conv], down: _Conv | None) -> list[tuple[str, Problem]]:
@@ -649,8 +694,10 @@ def _inference_problems(convs: list[_Conv], down: _Conv | None) -> list[tuple[st
     for conv in [*convs, *filter(None, [down])]:
         problems.append((conv.layer, Problem("bn_frozen", 1, 1, 1, conv.k, conv.k, dtype="float32")))
         problems.append((conv.layer, conv.problem("conv_affine", epilogue="affine")))
-    if convs[-1].r == 1:
-        problems.append((convs[-1].layer, _join(convs[-1], down, prologue=False)))
+    last = convs[-1]
+    problems.append((last.layer, last.problem("conv_affine", epilogue="affine+residual")))
+    if last.r == 1:
+        problems.append((last.layer, _join(last, down, prologue=False)))
     return problems
 
 
@@ -671,14 +718,14 @@ def _training_problems(convs: list[_Conv], down: _Conv | None) -> list[tuple[str
     problems += [(last.layer, last.output("relu_grad"))]
     if last.r == 1:
         problems += _moments_problems(last, down)
-    # Backward, each convolution's dc in its operators' prologues where they are 1x1.
+    # Backward. A plain 1x1 builds dc while loading; for the others it is written out.
     for conv in [*shortcut, *reversed(convs)]:
         problems.append((conv.layer, conv.vectors("bn_backward_finalize", 2)))
-        if conv.r == 3:
+        if not conv.plain:
             problems.append((conv.layer, conv.output("bn_backward_apply")))
-        first = conv is convs[0]
-        problems.append((conv.layer, conv.dgrad("" if conv is down else "add" if first else "relu")))
-        problems.append((conv.layer, conv.problem("conv_wgrad", conv.r == 1 and conv is last)))
+        deferred = conv is not down and conv is not convs[0]
+        problems.append((conv.layer, conv.dgrad("" if conv is down else "relu" if deferred else "add")))
+        problems.append((conv.layer, conv.problem("conv_wgrad", deferred)))
     for conv in convs[:-1]:
         problems.append((conv.layer, conv.output("bn_act_sums")))
     return problems
@@ -694,6 +741,7 @@ def _moments_problems(last: _Conv, down: _Conv | None) -> list[tuple[str, Proble
             conv.matrix("moments_finalize"),
             conv.problem("cross_moments", deferred),
             conv.matrix("cross_sums"),
+            replace(conv.vectors("bn_backward_finalize", 2), n=1),
             conv.matrix("moments_weights"),
             conv.problem("conv1x1_dgrad_moments", deferred),
         ):

@@ -73,13 +73,15 @@ def _unfused_reason(module: nn.Module) -> str | None:
 def run_on_meta(model: nn.Module, x: Tensor) -> None:
     """Forward, and in training mode backward, of `model` on a meta tensor like x; the model stays as it is.
 
-    Parameters and buffers are taken to have x's dtype.
+    Weights are taken to have x's dtype, as autocast sees to; BatchNorms keep theirs.
     """
-    state = {
-        name: torch.empty_like(tensor, dtype=x.dtype if tensor.is_floating_point() else None, device="meta")
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
-    state |= {name: state[name].requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
+    state = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        keep = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            dtype = tensor.dtype if keep or not tensor.is_floating_point() else x.dtype
+            meta = torch.empty_like(tensor, dtype=dtype, device="meta").requires_grad_(tensor.requires_grad)
+            state[f"{prefix}.{name}" if prefix else name] = meta
     with torch.set_grad_enabled(model.training):
         out = torch.func.functional_call(model, state, (torch.empty_like(x, device="meta"),))
         outputs = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]

@@ -38,11 +38,21 @@ def device():
     return "cuda" if HAS_CUDA else "cpu"
 
 
+def _convolutions_in(precision):
+    switch = torch.backends.cudnn.conv
+    before = switch.fp32_precision
+    switch.fp32_precision = precision
+    yield
+    switch.fp32_precision = before
+
+
 @pytest.fixture
 def no_tf32():
     """fp32 convolutions in fp32, so that their error budget is that of fp32."""
-    switch = torch.backends.cudnn.conv
-    before = switch.fp32_precision
-    switch.fp32_precision = "ieee"
-    yield
-    switch.fp32_precision = before
+    yield from _convolutions_in("ieee")
+
+
+@pytest.fixture
+def tf32():
+    """fp32 convolutions on tensor cores."""
+    yield from _convolutions_in("tf32")

@@ -39,21 +39,15 @@ def launch_arguments(problem: Problem):
         if problem.op == "conv_stats":
             return [(a, w, geometry)]
         if problem.op == "conv_affine":
-            return [
-                (a, w, bn, None, False, geometry),
-                (a, w, bn, None, True, geometry),
-                (a, w, bn, out, True, geometry),
-            ]
+            residual = out if problem.epilogue.endswith("residual") else None
+            return [(a, w, bn, residual, relu, geometry) for relu in (True, False)]
         if problem.epilogue == "join":
             return [(a, w, bn, out, None, None, 1)]
-        # A shortcut of stride 1 opens the first stage, one of stride 2 each later stage.
-        return [
-            (a, w, bn, meta(problem.n, k // 2, stride * problem.h, stride * problem.w, dtype=dtype), w_side, bn, stride)
-            for w_side in (meta(k, k // 2, 1, 1, dtype=dtype),)
-            for stride in (1, 2)
-        ]
+        stride, side = problem.stride[0], problem.side
+        shortcut = meta(problem.n, side, stride * problem.h, stride * problem.w, dtype=dtype)
+        return [(a, w, bn, shortcut, meta(k, side, 1, 1, dtype=dtype), bn, stride)]
     running = Running(vector, vector, torch.empty((), dtype=torch.int64, device="meta"))
-    partials = meta(problem.n, problem.h, c) if problem.n > 1 else None
+    partials = meta(problem.n, problem.h, c)
     return {
         "bn_finalize": lambda: [
             (partials, vector, vector, running, 0.1, 1e-5),
@@ -113,9 +107,9 @@ def verdicts(compiled, specs, limit):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("module", ["conv1x1", "bn"])
-def test_every_chosen_kernel_compiles(module, arch):
-    specs = chosen(arch, (module,))
+@pytest.mark.parametrize("module,dtype", [("conv1x1", "bfloat16"), ("conv1x1", "float32"), ("bn", "bfloat16")])
+def test_every_chosen_kernel_compiles(module, dtype, arch, tf32):
+    specs = chosen(arch, (module,), dtype)
     assert specs
     compiled = aot.compile_specs(specs, [arch])
     faults = list(verdicts(compiled, specs, Device.default(arch).smem_bytes))

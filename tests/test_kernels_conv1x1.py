@@ -137,7 +137,7 @@ def test_join(shape, downsample, prologue, dtype, generator, device):
     torch.testing.assert_close(mask, reference.pack_mask(bits), rtol=0, atol=0)
 
 
-def test_bits_repeat_and_do_not_depend_on_the_channel_tile(generator, device):
+def test_bits_repeat(generator, device):
     a, w, _, geometry = inputs((2, 35, 7, 5, 65, 1), torch.float16, generator, device, True)
     first = conv1x1.launch_conv1x1_stats(a, w, geometry, STATS_PLAN)
     again = conv1x1.launch_conv1x1_stats(a, w, geometry, STATS_PLAN)

@@ -1,0 +1,1 @@
+"""Benchmarks of fused_resnet against the library's operators and its peers."""
