@@ -107,7 +107,7 @@ def test_prologue_pads_after_the_affine(name, dtype, generator, device):
 
 
 def test_stats_across_chunks_and_tiles(generator, device):
-    """Three rows of 256 pixels for 575: two tiles or more in a row, a row that ends early; then rows without a pixel."""
+    """Three rows of 256 pixels for 575: several tiles in a row, a row that ends early; then rows without a pixel."""
     x = random_activation((1, 4, 25, 23), torch.float32, generator, device=device)
     w = random_weight((20, 4, 3, 3), torch.float32, generator, device)
     plan = FewRows("triton", TileConfig(128, 32, 16, 4, 2), "test")
@@ -138,7 +138,7 @@ def test_statistics_do_not_cancel(generator, device):
 
 @EVERY_DTYPE
 @pytest.mark.parametrize("relu,residual", [(False, False), (True, False), (True, True)])
-@EVERY_SHAPE
+@pytest.mark.parametrize("name", ["3x3", "stride 2, even", "dilation 2", "one pixel"])
 def test_affine(name, relu, residual, dtype, generator, device):
     case = Case(name, dtype, generator, device, prologue=relu and not residual)
     side = case.activation(case.out_shape) if residual else None
@@ -244,32 +244,28 @@ def test_weight_in_any_memory_format(generator, device):
 
 @pytest.mark.parametrize("op", ["conv_stats", "conv_dgrad", "conv_wgrad"])
 def test_heuristic_tiles_give_the_same_answer(op, generator, device):
-    """With the planner's own tile and number of statistics rows."""
     x = random_activation((2, 40, 9, 9), torch.float16, generator, device=device)
-    w = random_weight((1040, 40, 3, 3), torch.float16, generator, device)
-    g = random_activation((2, 1040, 9, 9), torch.float16, generator, mean=0.1, device=device)
-    geometry, a = Geometry(padding=(1, 1)), Deferred(x)
-    channels = (1040, 1040) if op == "conv_dgrad" else (40, 1040)
+    w = random_weight((136, 40, 3, 3), torch.float16, generator, device)
+    g = random_activation((2, 136, 9, 9), torch.float16, generator, mean=0.1, device=device)
+    geometry = Geometry(padding=(1, 1))
+    channels = (136, 40) if op == "conv_dgrad" else (40, 136)
     problem = Problem(op, 2, 9, 9, *channels, 3, 3, padding=(1, 1), dtype="float16")
     plan = triton_plan(problem, None, Device.default(90), "test")
-    if op == "conv_stats":
-        args, module = (a, w, geometry), conv3x3
-    elif op == "conv_dgrad":
-        args, module = (Gradient(g), w, geometry, (9, 9), None, None, 1), conv3x3_grad
-    else:
-        args, module = (a, Gradient(g), tuple(w.shape), geometry), conv3x3_grad
-    assert plan.module == module.__name__.rpartition(".")[2]
-    got = getattr(module, plan.launch)(*args, plan=plan)
-    low = getattr(reference, op)(*args)
-    ref = {
-        "conv_stats": lambda: reference.conv_stats(Deferred(x.double()), w.double(), geometry),
-        "conv_dgrad": lambda: reference.conv_dgrad(Gradient(g.double()), w.double(), geometry, (9, 9)),
-        "conv_wgrad": lambda: reference.conv_wgrad(
-            Deferred(x.double()), Gradient(g.double()), tuple(w.shape), geometry
-        ),
-    }[op]()
-    got, low, ref = (result[0] if isinstance(result, tuple) else result for result in (got, low, ref))
-    assert_within_budget(got, ref, low)
+
+    def arguments(x, w, g):
+        return {
+            "conv_stats": (Deferred(x), w, geometry),
+            "conv_dgrad": (Gradient(g), w, geometry, (9, 9), None, None, 1),
+            "conv_wgrad": (Deferred(x), Gradient(g), tuple(w.shape), geometry),
+        }[op]
+
+    launch = getattr({"conv3x3": conv3x3, "conv3x3_grad": conv3x3_grad}[plan.module], plan.launch)
+    results = (
+        launch(*arguments(x, w, g), plan=FewRows("triton", plan.config, plan.reason)),
+        getattr(reference, op)(*arguments(*double(x, w, g))),
+        getattr(reference, op)(*arguments(x, w, g)),
+    )
+    assert_within_budget(*(result[0] if isinstance(result, tuple) else result for result in results))
 
 
 def test_nan_in_nan_out(generator, device):
