@@ -1,10 +1,12 @@
 """The R x S convolution kernels, forward and backward, against float64, in Triton's interpreter or on the GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fused_resnet import reference
-from fused_resnet.plan import Device, Plan, Problem, TileConfig, triton_plan
+from fused_resnet.plan import Device, Plan, Problem, TileConfig, triton_plan, unsupported
 from fused_resnet.reference import Deferred, Geometry, Gradient
 from fused_resnet.testing import assert_within_budget, random_activation, random_bn, random_weight
 
@@ -266,6 +268,19 @@ def test_heuristic_tiles_give_the_same_answer(op, generator, device):
         getattr(reference, op)(*arguments(x, w, g)),
     )
     assert_within_budget(*(result[0] if isinstance(result, tuple) else result for result in results))
+
+
+def test_plans_name_their_limits():
+    problem = Problem("conv_stats", 1, 8, 8, 64, 64, 3, 3, padding=(1, 1))
+    tile = TileConfig(128, 64, 32, 8, 3)
+    assert unsupported(problem, tile, Device.default(90)) is None
+    assert "more than four" in unsupported(problem, tile, Device.default(80))
+    assert "32 groups" in unsupported(replace(problem, groups=32), None, Device.default(90))
+    deferred = replace(problem, op="conv_dgrad", prologue=True)
+    assert "write it out" in unsupported(deferred, None, Device.default(90))
+    assert "matrix product" in unsupported(
+        replace(problem, op="conv_wgrad", r=1, s=1, padding=(0, 0)), None, Device.default(90)
+    )
 
 
 def test_nan_in_nan_out(generator, device):

@@ -18,8 +18,8 @@ Weight gradient, over the output's pixels m = (n, p, q):
     dw[k, r, s, c] = sum_m dc[m, k] a[n, p * stride - pad + r * dilation, q * stride - pad + s * dilation, c]
 
 with a = relu(a * scale_a + shift_a) in a prologue, zero in the padding. The pixels are split into chunks whose number
-follows from the shape alone, and a second kernel adds the chunks' results in order: no atomics, the same bits on every
-card.
+follows from the shape alone, and a second kernel adds the chunks' results in order: no atomics, so the same input gives
+the same bits.
 
 Products in the operands' dtype, fp32 accumulation; fp32 operands as TF32 if PyTorch's switch for convolutions says so.
 """
