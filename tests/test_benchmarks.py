@@ -1,0 +1,149 @@
+"""The benchmark: roofline against hand-computed figures, options, and a small real run from the command line."""
+
+import json
+
+import pytest
+import torch
+import torchvision
+
+import fused_resnet
+from benchmarks import environment, parity, plot, roofline, run
+from benchmarks.baselines import BASELINES, Absent, Case
+
+
+def _resnet50_layers(batch=1):
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+    return {layer.name: layer for layer in roofline.layers(model, (batch, 3, 224, 224), 2)}
+
+
+def test_roofline_counts_by_hand():
+    layers = _resnet50_layers()
+    assert len(layers) == 54  # 53 convolutions and the classifier
+    stem = layers["conv1"]
+    assert stem.flop == 2 * 112 * 112 * 64 * 3 * 49
+    assert stem.bytes == 2 * (3 * 224 * 224 + 64 * 112 * 112 + 64 * 3 * 49)
+    conv = layers["layer2.1.conv2"]
+    assert conv.flop == 2 * 28 * 28 * 128 * 128 * 9
+    assert conv.bytes == 2 * (2 * 28 * 28 * 128 + 128 * 128 * 9)
+    assert sum(layer.flop for layer in layers.values()) == pytest.approx(8.18e9, rel=1e-3)
+    assert sum(layer.flop for layer in _resnet50_layers(4).values()) == 4 * sum(l.flop for l in layers.values())
+
+
+def test_floor_takes_the_longer_of_arithmetic_and_traffic():
+    work = [roofline.Layer("first", 100, 10), roofline.Layer("second", 10, 100)]
+    ceilings = roofline.Ceilings(bytes_per_s=10.0, flop_per_s=20.0)
+    assert roofline.floor_seconds(work, ceilings, training=False) == 5.0 + 10.0
+    assert roofline.floor_seconds(work, ceilings, training=True) == 2 * 5.0 + 3 * 10.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "resnet5"], "--models: expected one of resnet18, .*got 'resnet5'"),
+        (["--modes", "train"], "--modes: expected one of training, inference, got 'train'"),
+        (["--dtypes", "int8"], "--dtypes: expected one of fp32, bf16, fp16, got 'int8'"),
+        (["--baselines", "tensorrt"], "--baselines: expected one of eager, .*got 'tensorrt'"),
+        (["--impl", "fast"], "--impl: expected one of auto, .*got 'fast'"),
+        (["--batches", "8", "0"], "--batches: expected a positive integer, got 0"),
+        (["--size", "16"], "--size: expected at least 32 pixels, got 16"),
+        (["--budget", "0"], "--budget: expected a positive number of seconds, got 0"),
+    ],
+)
+def test_bad_options_are_named_before_anything_runs(arguments, message, tmp_path, capsys):
+    assert run.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A run of seconds: two runs a check, two steps, three rounds."""
+    monkeypatch.setattr(parity, "STEPS", 2)
+    monkeypatch.setattr(parity, "_RUNS", 2)
+    monkeypatch.setattr(run, "_ROUNDS", 3)
+
+
+def test_small_run_writes_rows_picture_and_environment(small, tmp_path, capsys):
+    options = ["--models", "resnet18", "--batches", "2", "--size", "32", "--baselines", "eager", "graph"]
+    assert run.main([*options, "--dtypes", "fp32", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["environment"]["torch"] == torch.__version__
+    assert [p["passed"] for p in results["parity"]] == [True]
+    assert len(results["parity"][0]["losses_fused"]) == 2
+    rows = {(row["mode"], row["contender"]): row for row in results["rows"]}
+    for mode in ("training", "inference"):
+        for contender in ("fused-auto", "eager"):
+            row = rows[mode, contender]
+            assert 0 < row["q25_ms"] <= row["median_ms"] <= row["q75_ms"] and row["n"] == 3
+            assert row["images_per_s"] == pytest.approx(2000 / row["median_ms"])
+            assert 0 < row["roofline_share"] < 2
+    if not torch.cuda.is_available():
+        assert "need a CUDA device" in rows["training", "graph"]["error"]
+        assert "says nothing about speed on a GPU" in capsys.readouterr().out
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_network_fails_parity_and_is_not_timed(small, tmp_path, monkeypatch, capsys):
+    build = fused_resnet.resnet18
+
+    def broken(**keywords):
+        model = build(**keywords)
+        model.layer2[0].bn2.eps = 0.3
+        return model
+
+    monkeypatch.setattr(fused_resnet, "resnet18", broken)
+    options = ["--models", "resnet18", "--batches", "2", "--size", "32", "--dtypes", "fp32", "--out", str(tmp_path)]
+    assert run.main(options) == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["rows"] == [] and not results["parity"][0]["passed"]
+    assert "parity failed: nothing is timed" in capsys.readouterr().err
+
+
+def test_table_shows_losses_and_errors():
+    case = Case("resnet18", "training", 2, "fp32", 32, "cpu")._asdict()
+    timed = {"q25_ms": 9.0, "q75_ms": 11.0, "n": 3, "images_per_s": 1.0, "peak_bytes": None, "roofline_share": 0.5}
+    text = run.table(
+        [
+            {**case, **timed, "contender": "fused-auto", "median_ms": 20.0},
+            {**case, **timed, "contender": "eager", "median_ms": 10.0},
+            {**case, "contender": "compile", "error": "no compiler"},
+        ]
+    )
+    assert "0.50 x eager" in text and "no compiler" in text.splitlines()[-1]
+
+
+def test_digits_are_real_and_normalised():
+    x, target = parity.digits(50, 24)
+    assert x.shape == (50, 3, 24, 24) and x.is_contiguous(memory_format=torch.channels_last)
+    assert set(target.tolist()) == set(range(10))
+    assert abs(float(x.mean())) < 1e-5 and float(x.std()) == pytest.approx(1, abs=1e-4)
+
+
+def test_write_json_leaves_the_old_file_if_it_fails(tmp_path):
+    path = tmp_path / "results.json"
+    environment.write_json(path, {"rows": [1]})
+    with pytest.raises(TypeError):
+        environment.write_json(path, {"rows": [object()]})
+    assert json.loads(path.read_text()) == {"rows": [1]}
+
+
+def test_plot_from_a_file_alone(tmp_path, capsys):
+    case = Case("resnet18", "training", 2, "fp32", 32, "cpu")._asdict()
+    row = {**case, "contender": "eager", "median_ms": 10.0, "images_per_s": 200.0}
+    content = {"environment": {"card": None, "cpu": "a CPU", "commit": "abc"}, "parity": [], "rows": [row]}
+    environment.write_json(tmp_path / "r.json", content)
+    assert plot.main([str(tmp_path / "r.json")]) == 0
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "bad.json").write_text("{")
+    assert plot.main([str(tmp_path / "bad.json")]) == 2
+    assert "bad.json: not a results file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["graph"])
+def test_contenders_that_cannot_run_say_why(name):
+    if not torch.cuda.is_available():
+        with pytest.raises(Absent, match="need a CUDA device"):
+            BASELINES[name](Case("resnet18", "inference", 1, "fp32", 32, "cpu"))
