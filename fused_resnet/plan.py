@@ -230,13 +230,8 @@ def _gemm_smem(problem: Problem, config: TileConfig) -> int:
     return max(stages, config.block_m * config.block_n * 4) + 2048
 
 
-def _conv1x1_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
-    if (problem.r, problem.s) != (1, 1):
-        return f"no {problem.r}x{problem.s} kernel for {problem.op}"
-    if problem.padding != (0, 0):
-        return f"padding {problem.padding} on a 1x1 convolution"
-    if problem.groups != 1:
-        return f"{problem.groups} groups"
+def _gemm_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
+    """The limits of every GEMM-shaped kernel: its channels and its tile."""
     if min(problem.c, problem.k) < 1:
         return "no channels"
     if config is None:
@@ -253,6 +248,16 @@ def _conv1x1_unsupported(problem: Problem, config: TileConfig | None, device: De
     if smem > device.smem_bytes:
         return f"needs {smem} bytes of shared memory, sm{device.arch} has {device.smem_bytes}"
     return None
+
+
+def _conv1x1_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
+    if (problem.r, problem.s) != (1, 1):
+        return f"no {problem.r}x{problem.s} kernel for {problem.op}"
+    if problem.padding != (0, 0):
+        return f"padding {problem.padding} on a 1x1 convolution"
+    if problem.groups != 1:
+        return f"{problem.groups} groups"
+    return _gemm_unsupported(problem, config, device)
 
 
 def _conv1x1_heuristic(problem: Problem, device: Device) -> TileConfig:
@@ -279,6 +284,55 @@ def _conv1x1_heuristic(problem: Problem, device: Device) -> TileConfig:
     for num_stages in (4, 3, 2):
         config = TileConfig(block_m, block_n, block_k, num_warps, num_stages)
         # Two blocks on an SM hide each other's epilogue, so one takes at most half of the shared memory.
+        if _gemm_smem(problem, config) <= device.smem_bytes // 2:
+            break
+    return config
+
+
+def _conv3x3_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
+    if problem.groups != 1:
+        return (
+            f"{problem.groups} groups: the kernels convolve one; tiles of a group's few channels would be mostly empty"
+        )
+    if min(problem.r, problem.s) < 1:
+        return f"no kernel extent: {problem.r}x{problem.s}"
+    if (problem.r, problem.s, problem.stride, problem.padding) == (1, 1, (1, 1), (0, 0)):
+        return "a plain 1x1 convolution is a matrix product, whose operands may come deferred"
+    if problem.op == "conv_dgrad" and problem.prologue:
+        return "a deferred gradient would be rebuilt for every tap: write it out first"
+    if config is not None and config.num_warps > 4 and device.arch < 90:
+        return f"{config.num_warps} warps: Triton's mma.sync convolutions were seen wrong with more than four"
+    return _gemm_unsupported(problem, config, device)
+
+
+def _conv3x3_heuristic(problem: Problem, device: Device) -> TileConfig:
+    """A tile for a convolution or gradient with taps, on four warps whatever the tile.
+
+    Triton has miscompiled loops like these for eight warps (pytorch/pytorch#173068): more enter a plan only by a
+    measurement that checked the answer. 128 pixels by 64 channels leave registers for every epilogue; the weight
+    gradient has none, and takes 128 x 128 where operands come from shared memory (wgmma, tcgen05). Below 8 channels of
+    16 bits loads are too narrow for asynchronous copies and pass through registers: fewer pixels.
+    """
+    full, mma_sync = problem.dtype == "float32", device.arch < 90
+    gradient = problem.op in ("conv_dgrad", "conv_wgrad")
+    block_m = 64 if full or problem.c < 8 else 128
+    block_n = 32 if full and gradient else 64
+    block_k = 32 if full or mma_sync else 64
+    if problem.op == "conv_wgrad":
+        block_n = block_n if full or mma_sync else 128
+        block_m = min(block_m, max(16, _next_power_of_two(problem.k)))
+        block_n = min(block_n, max(16, _next_power_of_two(problem.c)))
+    else:
+        block_m = min(block_m, max(16, _next_power_of_two(problem.gemm_m)))
+        block_n = min(block_n, max(16, _next_power_of_two(problem.k)))
+        block_k = min(block_k, max(16, _next_power_of_two(problem.c)))
+        per_row = problem.op == "conv_stats" or (problem.op == "conv_dgrad" and "relu" in problem.epilogue)
+        extent = chunk_pixels(max(1, problem.gemm_m), statistics_rows(problem.k)) if per_row else block_m
+        if -(-problem.gemm_m // extent) * -(-problem.k // block_n) < device.sm_count:
+            # Rows of statistics fix the pixels of a program: only channels can be split.
+            block_m, block_n = (block_m, min(32, block_n)) if per_row else (min(64, block_m), block_n)
+    for num_stages in (3, 2):
+        config = TileConfig(block_m, block_n, block_k, 4, num_stages)
         if _gemm_smem(problem, config) <= device.smem_bytes // 2:
             break
     return config
@@ -335,6 +389,18 @@ FAMILIES = (
         },
         _conv1x1_unsupported,
         _conv1x1_heuristic,
+    ),
+    Family(
+        "conv3x3",
+        {"conv_stats": "launch_conv3x3_stats", "conv_affine": "launch_conv3x3_affine"},
+        _conv3x3_unsupported,
+        _conv3x3_heuristic,
+    ),
+    Family(
+        "conv3x3_grad",
+        {"conv_dgrad": "launch_conv3x3_dgrad", "conv_wgrad": "launch_conv3x3_wgrad"},
+        _conv3x3_unsupported,
+        _conv3x3_heuristic,
     ),
     Family(
         "bn",

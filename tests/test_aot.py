@@ -25,6 +25,19 @@ def bits(problem: Problem):
     return torch.empty(problem.n, problem.h, problem.w, -(-problem.c // 8), dtype=torch.uint8, device="meta")
 
 
+def dgrad_arguments(problem: Problem, g, dx, geometry):
+    """With what the epilogue of an input gradient names; an identity's addend has a mask, a downsample's a stride."""
+    w = meta(problem.c, problem.k, problem.r, problem.s, dtype=g.dtype)
+    relu_of = Deferred(dx, meta(5, problem.k)) if "relu" in problem.epilogue else None
+    addends = [(None, 1)]
+    if "add" in problem.epilogue:
+        mask = torch.empty(*dx.permute(0, 2, 3, 1).shape[:3], -(-problem.k // 8), dtype=torch.uint8, device="meta")
+        stride = geometry.stride[0]
+        sparse = meta(*dx.shape[:2], *(-(-extent // stride) for extent in dx.shape[2:]), dtype=g.dtype)
+        addends = [(Gradient(dx, mask), 1), (Gradient(dx), 1), (Gradient(sparse), stride)]
+    return [(Gradient(g), w, geometry, tuple(dx.shape[2:]), relu_of, *addend) for addend in addends]
+
+
 def launch_arguments(problem: Problem):
     """Meta tensors for each way the operators may call the launch function of ``problem``."""
     dtype = getattr(torch, problem.dtype)
@@ -34,8 +47,12 @@ def launch_arguments(problem: Problem):
     if problem.op.startswith("conv"):
         geometry = Geometry(problem.stride, problem.padding, problem.dilation, problem.groups)
         a = Deferred(x, a.bn if problem.prologue else None)
-        w, bn = meta(k, c, 1, 1, dtype=dtype), meta(5, k)
+        w, bn = meta(k, c, max(1, problem.r), max(1, problem.s), dtype=dtype), meta(5, k)
         out = meta(problem.n, k, *problem.out_hw, dtype=dtype)
+        if problem.op == "conv_dgrad":
+            return dgrad_arguments(problem, x, out, geometry)
+        if problem.op == "conv_wgrad":
+            return [(a, Gradient(out), tuple(w.shape), geometry)]
         if problem.op == "conv_stats":
             return [(a, w, geometry)]
         if problem.op == "conv_affine":
@@ -100,14 +117,25 @@ def verdicts(compiled, specs, limit):
             yield f"{name}: {result.stack} bytes of stack, {result.registers} registers"
         if result.shared > limit:
             yield f"{name}: {result.shared} bytes of shared memory, limit {limit}"
-        if plan.module == "conv1x1" and result.shared > _gemm_smem(problem, plan.config):
+        if plan.module.startswith("conv") and "BLOCK_K" in config and result.shared > _gemm_smem(problem, plan.config):
             yield f"{name}: {result.shared} bytes of shared memory, estimated {_gemm_smem(problem, plan.config)}"
         if "BLOCK_K" in config and not result.tensor_core:
             yield f"{name}: no tensor-core instruction"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("module,dtype", [("conv1x1", "bfloat16"), ("conv1x1", "float32"), ("bn", "bfloat16")])
+@pytest.mark.parametrize(
+    "module,dtype",
+    [
+        ("conv1x1", "bfloat16"),
+        ("conv1x1", "float32"),
+        ("bn", "bfloat16"),
+        ("conv3x3", "bfloat16"),
+        ("conv3x3", "float32"),
+        ("conv3x3_grad", "bfloat16"),
+        ("conv3x3_grad", "float32"),
+    ],
+)
 def test_every_chosen_kernel_compiles(module, dtype, arch, tf32):
     specs = chosen(arch, (module,), dtype)
     assert specs

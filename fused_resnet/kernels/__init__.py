@@ -53,6 +53,12 @@ def require_mask(mask: Tensor, like: Tensor) -> Tensor:
     return mask
 
 
+def require_pixels(x: Tensor, pixels: int) -> None:
+    """Raise ValueError unless the pixels of ``x``, and the count ``pixels``, stay below 2^31: indices are 32-bit."""
+    if max(x.shape[0] * x.shape[2] * x.shape[3], pixels) >= 2**31:
+        raise ValueError(f"{tuple(x.shape)}: pixel indices are 32-bit")
+
+
 def empty_rows(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
     """An uninitialised activation [N, C, H, W] in channels_last memory, dtype and device of ``like``."""
     return torch.empty((n, c, h, w), dtype=like.dtype, device=like.device, memory_format=_CHANNELS_LAST)
@@ -77,3 +83,29 @@ def input_precision(dtype: torch.dtype) -> str:
     if switch == "none":
         switch = torch.backends.cudnn.fp32_precision
     return "tf32" if switch == "tf32" else "ieee"
+
+
+def convolution_constants(w_shape: tuple[int, ...], geometry) -> dict[str, int]:
+    """Extents of the kernel and the geometry, as the constexprs of a convolution; ValueError if grouped."""
+    if geometry.groups != 1:
+        raise ValueError(f"{geometry.groups} groups; these kernels convolve one")
+    constants = {"R": w_shape[2], "S": w_shape[3]}
+    for name, pair in zip(("STRIDE", "PAD", "DILATION"), geometry[:3]):
+        constants[f"{name}_H"], constants[f"{name}_W"] = pair
+    return constants
+
+
+def output_hw(input_hw: tuple[int, int], w_shape: tuple[int, ...], geometry) -> tuple[int, int]:
+    """Height and width, P and Q, of a convolution's output; not positive where the kernel does not fit the image."""
+    return tuple(
+        (extent + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
+        for extent, taps, stride, pad, dilation in zip(input_hw, w_shape[2:], *geometry[:3])
+    )
+
+
+def tap_major(w: Tensor) -> Tensor:
+    """A weight [K, C, R, S] as [K, R, S, C] in memory: ``w`` itself if it is channels_last, else a copy.
+
+    The channels of a tap must be neighbours for wide loads; one copy of a weight costs less than nine strided readings.
+    """
+    return w.permute(0, 2, 3, 1).contiguous()
