@@ -76,7 +76,7 @@ __device__ __forceinline__ float relu(float v) { return v < 0.0f ? 0.0f : v; }
 // One thread, one byte of the mask: eight channels of a pixel. kVector: channels % 8 == 0, so that eight values are
 // one aligned access.
 template <typename T, bool kVector, bool kAffineShortcut>
-__global__ void __launch_bounds__(256, 3) bn_join_kernel(JoinArguments a) {
+__global__ void __launch_bounds__(256) bn_join_kernel(JoinArguments a) {
   const int64_t bytes_per_pixel = (a.channels + 7) / 8;
   const int64_t total = a.pixels * bytes_per_pixel;
   const T* c = static_cast<const T*>(a.c);
