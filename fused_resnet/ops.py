@@ -60,11 +60,18 @@ def device_of(x: Tensor, impl: str) -> planning.Device | None:
     return None
 
 
+def _concrete(size: int | torch.SymInt) -> int:
+    """A size as a number. While a dynamic shape is traced, the size it was seen with: a plan must not specialise it."""
+    if isinstance(size, int):
+        return size
+    return 0 if size.node.hint is None else int(size.node.hint)
+
+
 def _problem(
     name: str, x: Tensor, geometry=None, w_shape=None, prologue: bool = False, epilogue: str = "", side: int = 0
 ) -> Problem:
-    n, c, height, width = x.shape
-    k, _, r, s = w_shape or (c, c, 0, 0)
+    n, c, height, width = map(_concrete, x.shape)
+    k, _, r, s = map(_concrete, w_shape or (c, c, 0, 0))
     geometry = geometry or Geometry()
     return Problem(
         name, n, height, width, c, k, r, s, *map(tuple, geometry[:3]), geometry.groups,

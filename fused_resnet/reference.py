@@ -80,8 +80,15 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x in channels_last memory; x itself if it is so already."""
-    return x.contiguous(memory_format=torch.channels_last)
+    """x in channels_last memory; x itself if it is so already.
+
+    The strides are those of a fresh allocation even where an extent of 1 leaves them open, since tracers hold an
+    operator to the strides that its fake kernel announced.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, c, h, w = x.shape
+    strides = (c * h * w, 1, c * w, c)
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
 
 
 def affine(c: Tensor, bn: Tensor) -> Tensor:
