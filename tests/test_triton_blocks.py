@@ -1,0 +1,181 @@
+"""Whole blocks and a whole network through the Triton kernels: in the interpreter on a CPU, compiled on a GPU."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+import fused_resnet
+from fused_resnet import ops, plan
+from fused_resnet.modules import conv_bn
+from fused_resnet.testing import assert_within_budget
+
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+
+
+def _used(monkeypatch):
+    """Names of the operators that ran, each with the backend that ran it."""
+    seen = []
+    choose = plan.plan_for
+
+    def note(problem, device, impl):
+        chosen = choose(problem, device, impl)
+        seen.append((problem.op, chosen.backend))
+        return chosen
+
+    monkeypatch.setattr(ops.planning, "plan_for", note)
+    return seen
+
+
+def _block(kind, inplanes, planes, stride, dtype, device):
+    torch.manual_seed(0)
+    expansion = 4 if kind is Bottleneck else 1
+    down = None
+    if stride != 1 or inplanes != planes * expansion:
+        down = nn.Sequential(
+            nn.Conv2d(inplanes, planes * expansion, 1, stride, bias=False), nn.BatchNorm2d(planes * expansion)
+        )
+    block = kind(inplanes, planes, stride, down).to(device, memory_format=torch.channels_last)
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.3)
+            nn.init.normal_(module.bias, 0.0, 0.3)
+            module.weight.data[0], module.weight.data[1] = -0.5, 0.0
+            module.running_var.uniform_(0.5, 2.0)
+        elif isinstance(module, nn.Conv2d):
+            module.to(dtype)
+    return block
+
+
+def _fused(block, x, scheme):
+    units = [
+        conv_bn(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3) if hasattr(block, f"conv{i}")
+    ]
+    shortcut = None if block.downsample is None else conv_bn(*block.downsample)
+    return fused_resnet.residual_block(x, units, shortcut, scheme=scheme)
+
+
+def _run(forward, block, x):
+    x = x.clone().requires_grad_()
+    out = forward(block, x)
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(6)).to(out.device, out.dtype)
+    out.backward(gradient)
+    return [out.detach(), x.grad, *(p.grad for p in block.parameters()), *block.buffers()]
+
+
+SHAPES = {
+    "identity": (Bottleneck, 32, 8, 1),
+    "projection": (Bottleneck, 35, 9, 2),
+    "basic": (BasicBlock, 20, 20, 1),
+    "basic projection": (BasicBlock, 19, 24, 2),
+}
+CASES = [
+    *((shape, "stored", True, torch.float32) for shape in SHAPES),
+    *((shape, "moments", True, torch.float32) for shape in ("identity", "projection")),
+    ("projection", "moments", False, torch.float32),
+    ("basic projection", "stored", False, torch.float32),
+    *(("projection", "moments", True, dtype) for dtype in DTYPES[1:]),
+    *(("basic projection", "stored", True, dtype) for dtype in DTYPES[1:]),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "scheme", "training", "dtype"),
+    CASES,
+    ids=[f"{s}-{scheme}-{'training' if t else 'frozen'}-{d}" for s, scheme, t, d in CASES],
+)
+def test_block_through_the_kernels(shape, scheme, training, dtype, device, monkeypatch):
+    """Output, every gradient and every buffer; judge: float64, peer: the reference at the same precision."""
+    block = _block(*SHAPES[shape], dtype, device).train(training)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, SHAPES[shape][1], 5, 6, generator=generator).to(device, dtype)
+    x = x.to(memory_format=torch.channels_last)
+    blocks = [copy.deepcopy(block) for _ in range(3)]
+    with fused_resnet.use("reference"):
+        peer = _run(lambda b, v: _fused(b, v, scheme), blocks[0], x)
+    judge = _run(lambda b, v: b(v), blocks[1].double(), x.double())
+    seen = _used(monkeypatch)
+    with fused_resnet.use("triton"):
+        got = _run(lambda b, v: _fused(b, v, scheme), blocks[2], x)
+    assert seen and {backend for _, backend in seen} == {"triton"}
+    assert ("conv1x1_join", "triton") in seen if scheme == "moments" else ("bn_join", "triton") in seen
+    assert_within_budget(got[0].float(), judge[0].double(), peer[0].float(), "output")
+    for i, (a, b, c) in enumerate(zip(got, judge, peer)):
+        if not a.is_floating_point():
+            assert torch.equal(a, b)
+        elif dtype == torch.float32:
+            assert_within_budget(a, b, c, f"result {i}")
+    # At 16 bit, a ReLU that rounding switches, in the kernels or in the reference, changes single gradients by more
+    # than rounding: their norm over all of them is compared.
+    a, b, c = (torch.cat([t.double().flatten() for t in r[1:] if t.is_floating_point()]) for r in (got, judge, peer))
+    assert (a - b).norm() <= 2 * ((c - b).norm() + torch.finfo(dtype).eps * b.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inference_through_the_kernels(dtype, device, monkeypatch):
+    block = _block(Bottleneck, 35, 9, 2, dtype, device).eval()
+    x = torch.randn(2, 35, 7, 6).to(device, dtype).to(memory_format=torch.channels_last)
+    seen = _used(monkeypatch)
+    with torch.no_grad():
+        with fused_resnet.use("triton"):
+            got = _fused(block, x, "auto")
+        assert {backend for _, backend in seen} == {"triton"} and ("conv_affine", "triton") in seen
+        with fused_resnet.use("reference"):
+            peer = _fused(block, x, "auto")
+        assert_within_budget(got, copy.deepcopy(block).double()(x.double()), peer)
+
+
+def test_repeats_are_bit_equal(device):
+    block = _block(Bottleneck, 35, 9, 2, torch.float16, device)
+    x = torch.randn(2, 35, 7, 6).to(device, torch.float16).to(memory_format=torch.channels_last)
+    repeats = 50 if device == "cuda" else 2
+    with fused_resnet.use("triton"):
+        results = [_run(lambda b, v: _fused(b, v, "moments"), copy.deepcopy(block), x) for _ in range(repeats)]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+class Tiny(nn.Module):
+    """A ResNet of two stages with one bottleneck each, small enough for the interpreter."""
+
+    def __init__(self, bottleneck):
+        super().__init__()
+        torch.manual_seed(0)
+        down = [nn.Sequential(nn.Conv2d(c, 16, 1, s, bias=False), nn.BatchNorm2d(16)) for c, s in ((8, 1), (16, 2))]
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.blocks = nn.Sequential(bottleneck(8, 4, 1, down[0]), bottleneck(16, 4, 2, down[1]))
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def test_training_steps_through_the_kernels_follow_torchvision(device):
+    """Five steps of SGD in fp32; losses and every parameter as with torchvision's block in float64."""
+    ours, theirs = Tiny(fused_resnet.FusedBottleneck).to(device), Tiny(torchvision.models.resnet.Bottleneck).to(device)
+    theirs.load_state_dict(ours.state_dict())
+    judge = copy.deepcopy(theirs).double()
+    generator = torch.Generator().manual_seed(4)
+    batches = [
+        (torch.randn(4, 3, 6, 6, generator=generator).to(device), torch.arange(4, device=device)) for _ in range(5)
+    ]
+    losses = []
+    for model in (ours, theirs, judge):
+        optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+        losses.append([])
+        for x, target in batches:
+            optimizer.zero_grad()
+            with fused_resnet.use("triton"):
+                out = model(x.to(next(model.parameters()).dtype))
+            loss = nn.functional.cross_entropy(out, target)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(float(loss.detach()))
+    ours_losses, theirs_losses, judge_losses = (torch.tensor(values, dtype=torch.double) for values in losses)
+    assert_within_budget(ours_losses.float(), judge_losses, theirs_losses.float(), "losses")
+    for (name, p), exact in zip(ours.named_parameters(), judge.parameters()):
+        torch.testing.assert_close(p.double(), exact, rtol=1e-4, atol=1e-5, msg=name)
+    assert ours.blocks[0].bn3.num_batches_tracked == 5
