@@ -39,7 +39,7 @@ def info() -> int:
     if device is None:
         rows.append(("kernels", "none without a CUDA device; the library's operators run, or use('reference')"))
     else:
-        measured = len(plan.measured_plans(device.arch))
+        measured = len(plan.measured_winners(device.arch))
         rows.append(("measured plans", f"{measured} for sm{device.arch}" + ("" if measured else ": the library runs")))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from fused_resnet.plan import MODELS, Device, Problem, Unsupported, _gemm_smem, model_problems, triton_plan
+from fused_resnet.plan import MODELS, Device, Problem, Unsupported, gemm_smem, model_problems, triton_plan
 from fused_resnet.reference import Deferred, Geometry, Gradient, Running
 
 pytest.importorskip("triton")
@@ -117,8 +117,8 @@ def verdicts(compiled, specs, limit):
             yield f"{name}: {result.stack} bytes of stack, {result.registers} registers"
         if result.shared > limit:
             yield f"{name}: {result.shared} bytes of shared memory, limit {limit}"
-        if plan.module.startswith("conv") and "BLOCK_K" in config and result.shared > _gemm_smem(problem, plan.config):
-            yield f"{name}: {result.shared} bytes of shared memory, estimated {_gemm_smem(problem, plan.config)}"
+        if plan.module.startswith("conv") and "BLOCK_K" in config and result.shared > gemm_smem(problem, plan.config):
+            yield f"{name}: {result.shared} bytes of shared memory, estimated {gemm_smem(problem, plan.config)}"
         if "BLOCK_K" in config and not result.tensor_core:
             yield f"{name}: no tensor-core instruction"
 

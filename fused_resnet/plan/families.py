@@ -1,0 +1,258 @@
+"""What each family of Triton kernels can run, and its default tile: limits with reasons, heuristics with reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .problem import (
+    ITEMSIZE,
+    Device,
+    Plan,
+    Problem,
+    TileConfig,
+    Unsupported,
+    chunk_pixels,
+    next_power_of_two,
+    power_of_two,
+    statistics_rows,
+)
+
+# Operator -> launch function in kernels/native.py, which calls the compiled C++/CUDA library.
+CUDA_LAUNCHES = {"bn_finalize": "launch_bn_finalize", "bn_join": "launch_bn_join"}
+
+
+def _accumulators(problem: Problem) -> int:
+    """fp32 tiles a thread block keeps in registers. The two sides of a join have scales of their own: two tiles."""
+    return 2 if problem.epilogue == "join_downsample" else 1
+
+
+def gemm_smem(problem: Problem, config: TileConfig) -> int:
+    """Upper estimate (bytes) of the shared memory of a pipelined GEMM kernel; tests hold it against the compiler.
+
+    The stages of both operands; the epilogue's change of layout comes after them, in the same memory.
+    """
+    stages = config.num_stages * (config.block_m + config.block_n) * config.block_k * ITEMSIZE[problem.dtype]
+    return max(stages, config.block_m * config.block_n * 4) + 2048
+
+
+def _gemm_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
+    """The limits of every GEMM-shaped kernel: its channels and its tile."""
+    if min(problem.c, problem.k) < 1:
+        return "no channels"
+    if config is None:
+        return None
+    blocks = (config.block_m, config.block_n, config.block_k)
+    if not all(power_of_two(block) and block >= 16 for block in blocks):
+        return f"tile {blocks}: extents must be powers of two of at least 16"
+    if config.block_m > 256:
+        return f"block_m {config.block_m} does not divide the chunks of channel statistics"
+    per_thread = _accumulators(problem) * config.block_m * config.block_n // (32 * config.num_warps)
+    if per_thread > 128:
+        return f"{per_thread} accumulators per thread spill registers (limit 128)"
+    smem = gemm_smem(problem, config)
+    if smem > device.smem_bytes:
+        return f"needs {smem} bytes of shared memory, sm{device.arch} has {device.smem_bytes}"
+    return None
+
+
+def _conv1x1_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
+    if (problem.r, problem.s) != (1, 1):
+        return f"no {problem.r}x{problem.s} kernel for {problem.op}"
+    if problem.padding != (0, 0):
+        return f"padding {problem.padding} on a 1x1 convolution"
+    if problem.groups != 1:
+        return f"{problem.groups} groups"
+    return _gemm_unsupported(problem, config, device)
+
+
+def _conv1x1_heuristic(problem: Problem, device: Device) -> TileConfig:
+    """A tile for a 1x1 convolution.
+
+    128 pixels by 64 channels on eight warps: 32 accumulators per thread leave registers for statistics, a residual,
+    ReLU bits or a second accumulator. Twice as many spill in one of these epilogues or another on sm90 and sm100
+    (tests compile them all); where they pay, measurement finds them. Where tiles would leave SMs idle (late stages,
+    small batches) they shrink.
+    """
+    full = problem.dtype == "float32"
+    block_m = min(64 if full else 128, max(16, next_power_of_two(problem.gemm_m)))
+    block_n = min(64, max(16, next_power_of_two(problem.gemm_n)))
+    block_k = min(32 if full else 64, max(16, next_power_of_two(problem.gemm_k)))
+    if problem.op == "conv_stats":
+        # The pixel extent of a program is its row of statistics, whatever the tile: only channels can be split.
+        chunk = chunk_pixels(max(1, problem.gemm_m), statistics_rows(problem.gemm_n))
+        if -(-problem.gemm_m // chunk) * -(-problem.gemm_n // block_n) < device.sm_count:
+            block_n = min(32, block_n)
+    elif -(-problem.gemm_m // block_m) * -(-problem.gemm_n // block_n) < device.sm_count:
+        block_m = min(64, block_m)
+    # fp32 operands take twice the registers of 16-bit ones.
+    num_warps = 8 if block_m * block_n >= (64 if full else 128) * 64 else 4
+    for num_stages in (4, 3, 2):
+        config = TileConfig(block_m, block_n, block_k, num_warps, num_stages)
+        # Two blocks on an SM hide each other's epilogue, so one takes at most half of the shared memory.
+        if gemm_smem(problem, config) <= device.smem_bytes // 2:
+            break
+    return config
+
+
+def _conv3x3_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
+    if problem.groups != 1:
+        return (
+            f"{problem.groups} groups: the kernels convolve one; tiles of a group's few channels would be mostly empty"
+        )
+    if min(problem.r, problem.s) < 1:
+        return f"no kernel extent: {problem.r}x{problem.s}"
+    if (problem.r, problem.s, problem.stride, problem.padding) == (1, 1, (1, 1), (0, 0)):
+        return "a plain 1x1 convolution is a matrix product, whose operands may come deferred"
+    if problem.op == "conv_dgrad" and problem.prologue:
+        return "a deferred gradient would be rebuilt for every tap: write it out first"
+    if config is not None and config.num_warps > 4 and device.arch < 90:
+        return f"{config.num_warps} warps: Triton's mma.sync convolutions were seen wrong with more than four"
+    return _gemm_unsupported(problem, config, device)
+
+
+def _conv3x3_heuristic(problem: Problem, device: Device) -> TileConfig:
+    """A tile for a convolution or gradient with taps, on four warps whatever the tile.
+
+    Triton has miscompiled loops like these for eight warps (pytorch/pytorch#173068): more enter a plan only by a
+    measurement that checked the answer. 128 pixels by 64 channels leave registers for every epilogue; the weight
+    gradient has none, and takes 128 x 128 where operands come from shared memory (wgmma, tcgen05). Below 8 channels of
+    16 bits loads are too narrow for asynchronous copies and pass through registers: fewer pixels.
+    """
+    full, mma_sync = problem.dtype == "float32", device.arch < 90
+    gradient = problem.op in ("conv_dgrad", "conv_wgrad")
+    block_m = 64 if full or problem.c < 8 else 128
+    block_n = 32 if full and gradient else 64
+    block_k = 32 if full or mma_sync else 64
+    if problem.op == "conv_wgrad":
+        block_n = block_n if full or mma_sync else 128
+        block_m = min(block_m, max(16, next_power_of_two(problem.k)))
+        block_n = min(block_n, max(16, next_power_of_two(problem.c)))
+    else:
+        block_m = min(block_m, max(16, next_power_of_two(problem.gemm_m)))
+        block_n = min(block_n, max(16, next_power_of_two(problem.k)))
+        block_k = min(block_k, max(16, next_power_of_two(problem.c)))
+        per_row = problem.op == "conv_stats" or (problem.op == "conv_dgrad" and "relu" in problem.epilogue)
+        extent = chunk_pixels(max(1, problem.gemm_m), statistics_rows(problem.k)) if per_row else block_m
+        if -(-problem.gemm_m // extent) * -(-problem.k // block_n) < device.sm_count:
+            # Rows of statistics fix the pixels of a program: only channels can be split.
+            block_m, block_n = (block_m, min(32, block_n)) if per_row else (min(64, block_m), block_n)
+    for num_stages in (3, 2):
+        config = TileConfig(block_m, block_n, block_k, 4, num_stages)
+        if gemm_smem(problem, config) <= device.smem_bytes // 2:
+            break
+    return config
+
+
+def _elementwise_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
+    if config is None:
+        return None
+    if not (power_of_two(config.block_m) and power_of_two(config.block_n)) or config.block_n < 8:
+        return f"tile {(config.block_m, config.block_n)}: powers of two, at least 8 channels"
+    if config.block_m > 256:
+        return f"block_m {config.block_m} does not divide the chunks of channel statistics"
+    per_thread = config.block_m * config.block_n // (32 * config.num_warps)
+    if per_thread > 32:
+        return f"{per_thread} values per thread of each tensor spill registers (limit 32)"
+    return None
+
+
+def _elementwise_heuristic(problem: Problem, device: Device) -> TileConfig:
+    """4096 values for 128 threads: a thread moves 32 values of every tensor, four 16-byte loads at 16 bit each."""
+    block_n = min(128, max(8, next_power_of_two(problem.c)))
+    if problem.op in VECTOR_OPS:
+        # Merging partial rows: latency alone matters. 32 channels make a 128-byte line; rows go in steps of 32.
+        return TileConfig(32, min(32, block_n), num_warps=4, num_stages=2)
+    values = 2048 if problem.op in _SUMMING_OPS else 4096
+    return TileConfig(min(256, values // block_n), block_n, num_warps=4, num_stages=2)
+
+
+VECTOR_OPS = frozenset({"bn_finalize", "bn_frozen", "merge_partials", "bn_backward_finalize"})
+_SUMMING_OPS = frozenset({"bn_act_sums", "join_sums"})
+_PIXEL_OPS = frozenset({"bn_act", "bn_join", "relu_grad", "bn_backward_apply"})
+
+
+class Family(NamedTuple):
+    """What planning knows of one file of Triton kernels.
+
+    ``launches``: operator -> launch function in ``kernels/<module>.py``; ``unsupported``: its limits, as a reason or
+    None; ``heuristic``: its default tile.
+    """
+
+    module: str
+    launches: dict[str, str]
+    unsupported: Callable[[Problem, TileConfig | None, Device], str | None]
+    heuristic: Callable[[Problem, Device], TileConfig]
+
+
+FAMILIES = (
+    Family(
+        "conv1x1",
+        {
+            "conv_stats": "launch_conv1x1_stats",
+            "conv_affine": "launch_conv1x1_affine",
+            "conv1x1_join": "launch_conv1x1_join",
+        },
+        _conv1x1_unsupported,
+        _conv1x1_heuristic,
+    ),
+    Family(
+        "conv3x3",
+        {"conv_stats": "launch_conv3x3_stats", "conv_affine": "launch_conv3x3_affine"},
+        _conv3x3_unsupported,
+        _conv3x3_heuristic,
+    ),
+    Family(
+        "conv3x3_grad",
+        {"conv_dgrad": "launch_conv3x3_dgrad", "conv_wgrad": "launch_conv3x3_wgrad"},
+        _conv3x3_unsupported,
+        _conv3x3_heuristic,
+    ),
+    Family(
+        "bn",
+        {op: f"launch_{op}" for op in sorted(VECTOR_OPS | _SUMMING_OPS | _PIXEL_OPS)},
+        _elementwise_unsupported,
+        _elementwise_heuristic,
+    ),
+)
+
+
+def family_of(problem: Problem, config: TileConfig | None, device: Device) -> Family | str:
+    """The first family whose kernels can run ``problem`` with ``config`` on ``device``, or the reason why none can."""
+    if problem.dtype not in ("bfloat16", "float16", "float32"):
+        return f"Triton kernels accumulate in fp32; {problem.dtype} data needs more"
+    if device.arch < 80:
+        return f"sm{device.arch}: Triton kernels need sm80 or later"
+    if max(problem.n * problem.h * problem.w, problem.gemm_m) >= 2**31:
+        return "2**31 pixels or more: pixel indices are 32-bit"
+    if config is not None and (config.num_warps not in (1, 2, 4, 8, 16) or config.num_stages < 1):
+        return f"num_warps {config.num_warps}, num_stages {config.num_stages}"
+    reasons = []
+    for family in FAMILIES:
+        if problem.op in family.launches:
+            reason = family.unsupported(problem, config, device)
+            if reason is None:
+                return family
+            reasons.append(reason)
+    return "; ".join(dict.fromkeys(reasons)) or f"{problem.op} has no Triton kernel"
+
+
+def unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
+    """Why no Triton kernel can run ``problem`` with ``config`` on ``device``, or None if one can.
+
+    The one predicate that heuristic, table loader, tuner and tests share. ``config`` None asks about the problem
+    alone.
+    """
+    found = family_of(problem, config, device)
+    return found if isinstance(found, str) else None
+
+
+def triton_plan(problem: Problem, config: TileConfig | None, device: Device, reason: str) -> Plan:
+    """The Plan that runs ``problem`` in Triton, ``config`` None: with the heuristic's; `Unsupported` if none."""
+    found = family_of(problem, config, device)
+    if isinstance(found, Family) and config is None:
+        config = found.heuristic(problem, device)
+        found = family_of(problem, config, device)
+    if isinstance(found, str):
+        raise Unsupported(f"{problem.op}: {found}")
+    return Plan("triton", config, reason, found.module, found.launches[problem.op])
