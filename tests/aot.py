@@ -101,16 +101,16 @@ class _Recorder:
 
 
 def record(launch, *args, **kwargs) -> list[Spec]:
-    """What ``launch(*args, **kwargs)`` would launch; its tensors may be (and better are) meta tensors."""
-    module = sys.modules[launch.__module__]
-    kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
+    """What ``launch(*args, **kwargs)`` would launch, in whichever kernel file; its tensors are best meta tensors."""
+    files = [module for name, module in sys.modules.items() if name.startswith("fused_resnet.kernels.")]
+    kernels = [(module, *item) for module in files for item in vars(module).items() if item[0].endswith("_kernel")]
     specs: list[Spec] = []
     try:
-        for name, kernel in kernels.items():
+        for module, name, kernel in kernels:
             setattr(module, name, _Recorder(module, kernel, specs))
         launch(*args, **kwargs)
     finally:
-        for name, kernel in kernels.items():
+        for module, name, kernel in kernels:
             setattr(module, name, kernel)
     return specs
 

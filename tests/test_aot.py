@@ -27,7 +27,7 @@ def bits(problem: Problem):
 
 def dgrad_arguments(problem: Problem, g, dx, geometry):
     """With what the epilogue of an input gradient names; an identity's addend has a mask, a downsample's a stride."""
-    w = meta(problem.c, problem.k, problem.r, problem.s, dtype=g.dtype)
+    w = meta(problem.c, problem.k // problem.groups, problem.r, problem.s, dtype=g.dtype)
     relu_of = Deferred(dx, meta(5, problem.k)) if "relu" in problem.epilogue else None
     addends = [(None, 1)]
     if "add" in problem.epilogue:
@@ -47,7 +47,8 @@ def launch_arguments(problem: Problem):
     if problem.op.startswith("conv"):
         geometry = Geometry(problem.stride, problem.padding, problem.dilation, problem.groups)
         a = Deferred(x, a.bn if problem.prologue else None)
-        w, bn = meta(k, c, max(1, problem.r), max(1, problem.s), dtype=dtype), meta(5, k)
+        w = meta(k, c // problem.groups, max(1, problem.r), max(1, problem.s), dtype=dtype)
+        bn = meta(5, k)
         out = meta(problem.n, k, *problem.out_hw, dtype=dtype)
         if problem.op == "conv_dgrad":
             return dgrad_arguments(problem, x, out, geometry)
@@ -134,6 +135,7 @@ def verdicts(compiled, specs, limit):
         ("conv3x3", "float32"),
         ("conv3x3_grad", "bfloat16"),
         ("conv3x3_grad", "float32"),
+        ("conv_library", "bfloat16"),
     ],
 )
 def test_every_chosen_kernel_compiles(module, dtype, arch, tf32):

@@ -133,7 +133,7 @@ def test_explicit_impl_never_falls_back(plans):
     with pytest.raises(Unsupported, match="no CUDA device"):
         plan_for(POINTWISE, None, "triton")
     with pytest.raises(Unsupported, match="32 groups"):
-        plan_for(Problem("conv_stats", 1, 8, 8, 64, 64, 1, 1, groups=32), H100, "triton")
+        plan_for(Problem("conv1x1_join", 1, 8, 8, 64, 64, 1, 1, groups=32), H100, "triton")
     with pytest.raises(Unsupported, match="float64"):
         plan_for(Problem("bn_act", 1, 8, 8, 64, 64, dtype="float64"), H100, "triton")
     with pytest.raises(Unsupported, match="sm75"):

@@ -389,13 +389,18 @@ def _check_deferred(name: str, a) -> None:
         require_vectors(f"{name}.bn", a.bn, 5, a.c.shape[1])
 
 
-def _launch_bn_act(main, shortcut, shortcut_bn, mask, relu: bool, plan):
-    out = empty_rows(*main.c.shape, like=main.c)
+def launch_affine(c, bn, shortcut, shortcut_bn, mask, relu, plan):
+    """out = relu?(c * scale + shift [+ s]) in the dtype of c, [N, C, H, W]; s the shortcut or its affine.
+
+    bn, shortcut and shortcut_bn may be None; mask takes the bits out > 0, or is None. The pass behind the library's
+    convolution (`conv_library`), and all of the launches below.
+    """
+    out = empty_rows(*c.shape, like=c)
     if out.numel():
         with on_device_of(out):
             _bn_act_kernel[_tile_grid(out, plan.config)](
-                main.c,
-                main.bn,
+                c,
+                bn,
                 shortcut,
                 shortcut_bn,
                 out,
@@ -411,7 +416,7 @@ def _launch_bn_act(main, shortcut, shortcut_bn, mask, relu: bool, plan):
 def launch_bn_act(a, relu, plan):
     """y = relu?(c * scale + shift) written out, [N, C, H, W] in the dtype of c; a.bn None: relu?(c)."""
     _check_deferred("a", a)
-    return _launch_bn_act(a, None, None, None, relu, plan)
+    return launch_affine(*a, None, None, None, relu, plan)
 
 
 def launch_bn_join(main, shortcut, plan):
@@ -420,7 +425,7 @@ def launch_bn_join(main, shortcut, plan):
     _check_deferred("shortcut", shortcut)
     require_like("shortcut", shortcut.c, main.c)
     mask = empty_mask(main.c)
-    return _launch_bn_act(main, shortcut.c, shortcut.bn, mask, True, plan), mask
+    return launch_affine(*main, *shortcut, mask, True, plan), mask
 
 
 def _launch_sums(g, mask, main, shortcut, masked, plan):

@@ -49,6 +49,7 @@ from .epilogue import (
     BN_SCALE,
     BN_SHIFT,
     affine,
+    load_addend,
     load_vector,
     relu,
 )
@@ -133,22 +134,6 @@ def _dgrad_tile(
         tap_h = tl.where(tap_w < taps_w, tap_h, tap_h + 1)
         tap_w = tl.where(tap_w < taps_w, tap_w, 0)
     return acc
-
-
-@triton.jit
-def _load_addend(ptr, mask_ptr, image, h, w, valid_rows, cols, in_h, in_w, channels, STRIDE: tl.constexpr):
-    """The addend [M, N] fp32 at the pixels (image, h, w), whose own grid is every STRIDE-th row and column; else 0."""
-    on_grid = valid_rows & (h % STRIDE == 0) & (w % STRIDE == 0)
-    own_h = (in_h + STRIDE - 1) // STRIDE
-    own_w = (in_w + STRIDE - 1) // STRIDE
-    pixel = (image * own_h + h // STRIDE).to(tl.int64) * own_w + w // STRIDE
-    valid = on_grid[:, None] & (cols < channels)[None, :]
-    addend = tl.load(ptr + pixel[:, None] * channels + cols[None, :], mask=valid, other=0.0).to(tl.float32)
-    if mask_ptr is not None:
-        byte = pixel[:, None] * ((channels + 7) // 8) + (cols // 8)[None, :]
-        packed = tl.load(mask_ptr + byte, mask=valid, other=0)
-        addend = tl.where(((packed >> (cols % 8).to(tl.uint8)[None, :]) & 1) != 0, addend, 0.0)
-    return addend
 
 
 @triton.jit(do_not_specialize=["images", "in_h", "in_w", "out_h", "out_w", "program_tiles"])
@@ -238,7 +223,7 @@ def _conv3x3_dgrad_kernel(
         valid = valid_rows[:, None] & (cols < channels)[None, :]
         elements = ((image * in_h + h).to(tl.int64) * in_w + w)[:, None] * channels + cols[None, :]
         if addend_ptr is not None:
-            acc += _load_addend(
+            acc += load_addend(
                 addend_ptr, addend_mask_ptr, image, h, w, valid_rows, cols, in_h, in_w, channels, ADDEND_STRIDE
             )
         if relu_ptr is not None:

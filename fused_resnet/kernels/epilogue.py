@@ -81,3 +81,19 @@ def load_mask(mask_ptr, row0, row_limit, cols, channels, BLOCK_M: tl.constexpr):
     valid = (row0 + row < row_limit)[:, None] & (cols < channels)[None, :]
     packed = tl.load(mask_ptr + row0.to(tl.int64) * bytes_per_row + offsets, mask=valid, other=0)
     return ((packed >> (cols % 8).to(tl.uint8)[None, :]) & 1) != 0
+
+
+@triton.jit
+def load_addend(ptr, mask_ptr, image, h, w, valid_rows, cols, in_h, in_w, channels, STRIDE: tl.constexpr):
+    """The addend [M, N] fp32 at the pixels (image, h, w), whose own grid is every STRIDE-th row and column; else 0."""
+    on_grid = valid_rows & (h % STRIDE == 0) & (w % STRIDE == 0)
+    own_h = (in_h + STRIDE - 1) // STRIDE
+    own_w = (in_w + STRIDE - 1) // STRIDE
+    pixel = (image * own_h + h // STRIDE).to(tl.int64) * own_w + w // STRIDE
+    valid = on_grid[:, None] & (cols < channels)[None, :]
+    addend = tl.load(ptr + pixel[:, None] * channels + cols[None, :], mask=valid, other=0.0).to(tl.float32)
+    if mask_ptr is not None:
+        byte = pixel[:, None] * ((channels + 7) // 8) + (cols // 8)[None, :]
+        packed = tl.load(mask_ptr + byte, mask=valid, other=0)
+        addend = tl.where(((packed >> (cols % 8).to(tl.uint8)[None, :]) & 1) != 0, addend, 0.0)
+    return addend

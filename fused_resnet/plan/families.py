@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from .problem import (
@@ -167,6 +168,18 @@ def _elementwise_heuristic(problem: Problem, device: Device) -> TileConfig:
     return TileConfig(min(256, values // block_n), block_n, num_warps=4, num_stages=2)
 
 
+def _library_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
+    if config is not None and config.block_k:
+        return "the passes around the library's convolution have no depth"
+    return _elementwise_unsupported(problem, config, device)
+
+
+def _library_heuristic(problem: Problem, device: Device) -> TileConfig:
+    """The elementwise tile of the result's channels; passes that sum keep two accumulators and take half of it."""
+    tile = _elementwise_heuristic(replace(problem, c=problem.k), device)
+    return replace(tile, block_m=max(1, min(tile.block_m, 2048 // tile.block_n)))
+
+
 VECTOR_OPS = frozenset({"bn_finalize", "bn_frozen", "merge_partials", "bn_backward_finalize"})
 _SUMMING_OPS = frozenset({"bn_act_sums", "join_sums"})
 _PIXEL_OPS = frozenset({"bn_act", "bn_join", "relu_grad", "bn_backward_apply"})
@@ -213,6 +226,18 @@ FAMILIES = (
         {op: f"launch_{op}" for op in sorted(VECTOR_OPS | _SUMMING_OPS | _PIXEL_OPS)},
         _elementwise_unsupported,
         _elementwise_heuristic,
+    ),
+    # Last: where a kernel of our own can run, asking for Triton means that one. A tile without depth asks for this.
+    Family(
+        "conv_library",
+        {
+            "conv_stats": "launch_library_stats",
+            "conv_affine": "launch_library_affine",
+            "conv_dgrad": "launch_library_dgrad",
+            "conv_wgrad": "launch_library_wgrad",
+        },
+        _library_unsupported,
+        _library_heuristic,
     ),
 )
 
