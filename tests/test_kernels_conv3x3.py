@@ -43,6 +43,7 @@ SHAPES = {
     "5x2": ((2, 9, 8, 5, 18, (5, 2), (3, 1), (2, 0), (1, 2)), SMALL),
     "1x1, stride 2, padding 1": ((1, 16, 5, 6, 16, (1, 1), (2, 2), (1, 1), (1, 1)), SMALL),
 }
+SPLIT_SHAPES = {"plain 1x1": ((2, 100, 5, 3, 20, (1, 1), (1, 1), (0, 0), (1, 1)), SMALL)}
 EVERY_SHAPE = pytest.mark.parametrize("name", SHAPES)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -51,7 +52,7 @@ class Case:
     """Operands of one convolution: input, weight, geometry, and random activations shaped as its output."""
 
     def __init__(self, name, dtype, generator, device, prologue=False):
-        (n, c, h, w, k, kernel, *geometry), self.plan = SHAPES[name]
+        (n, c, h, w, k, kernel, *geometry), self.plan = (SHAPES | SPLIT_SHAPES)[name]
         self.geometry, self.hw, self.generator, self.device, self.dtype = (
             Geometry(*geometry),
             (h, w),
@@ -151,6 +152,38 @@ def test_affine(name, relu, residual, dtype, generator, device):
     ref = reference.conv_affine(Deferred(*double(*case.a)), *double(case.w, bn, side), relu, case.geometry)
     assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
     assert_within_budget(out, ref, low)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("split", [2, 5])
+@pytest.mark.parametrize("name", ["3x3", "stride 2, odd", "plain 1x1"])
+def test_affine_of_a_split_depth(name, split, dtype, generator, device):
+    """Shares of unequal numbers of steps, and some that end within a tap; the same bits again."""
+    case = Case(name, dtype, generator, device, prologue=split == 2)
+    plan = replace(case.plan, config=replace(case.plan.config, block_k=16, split_k=split))
+    side = case.activation(case.out_shape)
+    bn = random_bn(case.activation(case.out_shape), generator)
+    args = case.w, bn, side, True, case.geometry
+    out = conv3x3.launch_conv3x3_affine(case.a, *args, plan)
+    ref = reference.conv_affine(Deferred(*double(*case.a)), *double(case.w, bn, side), True, case.geometry)
+    assert_within_budget(out, ref, reference.conv_affine(case.a, *args))
+    assert torch.equal(out, conv3x3.launch_conv3x3_affine(case.a, *args, plan))
+
+
+def test_depth_is_split_where_tiles_leave_the_card_idle():
+    h100 = Device.default(90)
+    late = Problem("conv_affine", 1, 7, 7, 512, 512, 3, 3, padding=(1, 1), epilogue="affine")
+    config = triton_plan(late, None, h100, "").config
+    assert config.split_k == 16 and unsupported(late, config, h100) is None
+    assert triton_plan(replace(late, n=256), None, h100, "").config.split_k == 1
+    pointwise = Problem("conv_affine", 1, 7, 7, 2048, 512, 1, 1, epilogue="affine")
+    plan = triton_plan(pointwise, None, h100, "")
+    assert (plan.module, plan.config.split_k) == ("conv3x3", 8)
+    stats = Problem("conv_stats", 1, 7, 7, 512, 512, 3, 3, padding=(1, 1), epilogue="stats")
+    assert triton_plan(stats, None, h100, "").config.split_k == 1
+    assert "affine" in unsupported(stats, replace(config, split_k=2), h100)
+    assert "steps in depth" in unsupported(late, replace(config, split_k=100), h100)
+    assert "MB of partial" in unsupported(replace(late, n=256, h=56, w=56), config, h100)
 
 
 @EVERY_DTYPE
@@ -275,12 +308,11 @@ def test_plans_name_their_limits():
     tile = TileConfig(128, 64, 32, 8, 3)
     assert unsupported(problem, tile, Device.default(90)) is None
     assert "more than four" in unsupported(problem, tile, Device.default(80))
-    assert "32 groups" in unsupported(replace(problem, groups=32), None, Device.default(90))
+    assert "32 groups" in unsupported(replace(problem, groups=32), tile, Device.default(90))
     deferred = replace(problem, op="conv_dgrad", prologue=True)
-    assert "write it out" in unsupported(deferred, None, Device.default(90))
-    assert "matrix product" in unsupported(
-        replace(problem, op="conv_wgrad", r=1, s=1, padding=(0, 0)), None, Device.default(90)
-    )
+    assert "write it out" in unsupported(deferred, tile, Device.default(90))
+    pointwise = replace(problem, op="conv_wgrad", r=1, s=1, padding=(0, 0))
+    assert "matrix product" in unsupported(pointwise, tile, Device.default(90))
 
 
 def test_nan_in_nan_out(generator, device):

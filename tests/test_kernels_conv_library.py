@@ -25,7 +25,17 @@ pytestmark = [
 ]
 DTYPES = ["float32", "float16"] + ["bfloat16"] * torch.cuda.is_available()
 H100 = Device.default(90)
-PLAN = Plan("triton", TileConfig(32, 128), "test")
+
+
+class FewRows(Plan):
+    """A plan with few rows of statistics: the interpreter runs a program for each of them, used or not."""
+
+    @staticmethod
+    def statistics_rows(channels: int) -> int:
+        return 3
+
+
+PLAN = FewRows("triton", TileConfig(16, 32), "test")
 # Keyword arguments of Problem: grouped, dilated, strided on odd maps, one pixel, channels that are no multiple of 8.
 CONVOLUTIONS = {
     "grouped": {"n": 2, "h": 7, "w": 5, "c": 64, "k": 64, "groups": 32, "stride": (2, 2), "padding": (1, 1)},

@@ -11,6 +11,10 @@ first. The epilogue on the fp32 accumulators is one of
     statistics  c = acc, cast; partials[t] = (count, mean, M2) of acc over chunk t of consecutive pixels
     affine      out = acc * scale + shift  [+ residual]  [relu], cast
 
+A convolution of few output pixels and much depth, at small batches in the late stages, would leave most of the GPU
+idle. The affine form can split its depth: each of `split_k` programs per tile writes its fp32 share of the products,
+and a second kernel adds them in order in front of the epilogue. That serves 1x1 convolutions, too.
+
 The loop runs over taps and channels in one, so that loads of the next tap overlap with the products of this one.
 Products in the operands' dtype, fp32 accumulation; fp32 operands as TF32 if PyTorch's switch for convolutions allows
 it. Bits do not depend on the grid: every output is written by one program, in a fixed order.
@@ -54,6 +58,8 @@ def _gemm_tile(
     row0,
     row_limit,
     first_col,
+    first_step,
+    steps,
     gemm_n,
     channels,
     in_h,
@@ -73,7 +79,10 @@ def _gemm_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc [BLOCK_M, BLOCK_N] fp32 of the output pixels from row0 and the output channels from first_col."""
+    """acc [BLOCK_M, BLOCK_N] fp32 of the output pixels from row0 and the output channels from first_col.
+
+    Of the depth, cut into R * S * cdiv(channels, BLOCK_K) steps, those of [first_step, first_step + steps).
+    """
     rows = row0 + tl.arange(0, BLOCK_M)
     cols = first_col + tl.arange(0, BLOCK_N)
     h0 = rows // out_w % out_h * STRIDE_H - PAD_H
@@ -83,9 +92,9 @@ def _gemm_tile(
     a_row_ptr = a_ptr + origin[:, None] * channels  # [BLOCK_M, 1]
     w_row_ptr = w_ptr + cols.to(tl.int64)[:, None] * (R * S * channels)  # [BLOCK_N, 1]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    tap = 0
-    k0 = 0
-    for _ in range(R * S * tl.cdiv(channels, BLOCK_K)):
+    tap = first_step // tl.cdiv(channels, BLOCK_K)
+    k0 = first_step % tl.cdiv(channels, BLOCK_K) * BLOCK_K
+    for _ in range(steps):
         depth = k0 + tl.arange(0, BLOCK_K)
         h = tap // S * DILATION_H
         w = tap % S * DILATION_W
@@ -155,6 +164,8 @@ def _conv3x3_stats_kernel(
             row0,
             stop,
             first_col,
+            0,
+            R * S * tl.cdiv(channels, BLOCK_K),
             gemm_n,
             channels,
             in_h,
@@ -203,7 +214,7 @@ def _conv3x3_affine_kernel(
     w_ptr,  # [gemm_n, R, S, channels]
     bn_ptr,  # [5, gemm_n] fp32
     residual_ptr,  # [gemm_m, gemm_n] | None
-    out_ptr,  # [gemm_m, gemm_n]
+    out_ptr,  # [gemm_m, gemm_n]; with SPLIT_K > 1 fp32 [SPLIT_K, gemm_m, gemm_n], products alone
     gemm_m,
     gemm_n,
     channels,
@@ -212,6 +223,7 @@ def _conv3x3_affine_kernel(
     out_h,
     out_w,
     RELU: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -226,8 +238,15 @@ def _conv3x3_affine_kernel(
     BLOCK_K: tl.constexpr,
 ):
     tiles_n = tl.cdiv(gemm_n, BLOCK_N)
-    row0 = tl.program_id(0) // tiles_n * BLOCK_M
-    first_col = tl.program_id(0) % tiles_n * BLOCK_N
+    tile = tl.program_id(0) // SPLIT_K
+    share = tl.program_id(0) % SPLIT_K
+    row0 = tile // tiles_n * BLOCK_M
+    first_col = tile % tiles_n * BLOCK_N
+    steps = R * S * tl.cdiv(channels, BLOCK_K)
+    first_step = 0
+    if SPLIT_K > 1:
+        first_step = share * steps // SPLIT_K
+        steps = (share + 1) * steps // SPLIT_K - first_step
     acc = _gemm_tile(
         a_ptr,
         a_bn_ptr,
@@ -235,6 +254,8 @@ def _conv3x3_affine_kernel(
         row0,
         gemm_m,
         first_col,
+        first_step,
+        steps,
         gemm_n,
         channels,
         in_h,
@@ -258,12 +279,49 @@ def _conv3x3_affine_kernel(
     cols = first_col + tl.arange(0, BLOCK_N)
     elements = rows.to(tl.int64)[:, None] * gemm_n + cols[None, :]  # [BLOCK_M, BLOCK_N]
     valid = (rows < gemm_m)[:, None] & (cols < gemm_n)[None, :]
-    acc = affine(acc, load_vector(bn_ptr, BN_SCALE, gemm_n, cols), load_vector(bn_ptr, BN_SHIFT, gemm_n, cols))
+    if SPLIT_K > 1:
+        tl.store(out_ptr + share.to(tl.int64) * gemm_m * gemm_n + elements, acc, mask=valid)
+    else:
+        out = _affine_epilogue(acc, bn_ptr, residual_ptr, elements, valid, cols, gemm_n, RELU)
+        tl.store(out_ptr + elements, out.to(out_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _affine_epilogue(acc, bn_ptr, residual_ptr, elements, valid, cols, channels, RELU: tl.constexpr):
+    """relu?(acc * scale + shift [+ residual]), [M, N] fp32."""
+    acc = affine(acc, load_vector(bn_ptr, BN_SCALE, channels, cols), load_vector(bn_ptr, BN_SHIFT, channels, cols))
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + elements, mask=valid, other=0.0).to(tl.float32)
     if RELU:
         acc = relu(acc)
-    tl.store(out_ptr + elements, acc.to(out_ptr.dtype.element_ty), mask=valid)
+    return acc
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _split_affine_kernel(
+    shares_ptr,  # [SPLIT_K, pixels, channels] fp32
+    bn_ptr,  # [5, channels] fp32
+    residual_ptr,  # [pixels, channels] | None
+    out_ptr,  # [pixels, channels]
+    pixels,
+    channels,
+    RELU: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The second half of a split convolution: its shares summed in order, then the epilogue."""
+    tiles_n = tl.cdiv(channels, BLOCK_N)
+    rows = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    elements = rows.to(tl.int64)[:, None] * channels + cols[None, :]  # [BLOCK_M, BLOCK_N]
+    valid = (rows < pixels)[:, None] & (cols < channels)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for share in tl.static_range(SPLIT_K):
+        offset = tl.cast(pixels, tl.int64) * channels * share
+        acc += tl.load(shares_ptr + offset + elements, mask=valid, other=0.0)
+    out = _affine_epilogue(acc, bn_ptr, residual_ptr, elements, valid, cols, channels, RELU)
+    tl.store(out_ptr + elements, out.to(out_ptr.dtype.element_ty), mask=valid)
 
 
 def _output(a, w, geometry):
@@ -331,21 +389,44 @@ def launch_conv3x3_affine(a, w, bn, residual, relu, geometry, plan):
         require_like("residual", residual, out)
     pixels, config = n * out_h * out_w, plan.config
     require_pixels(a.c, pixels + config.block_m)
-    if pixels:
-        with on_device_of(out):
-            _conv3x3_affine_kernel[(triton.cdiv(pixels, config.block_m) * triton.cdiv(k, config.block_n),)](
-                a.c,
-                a.bn,
-                tap_major(w),
+    if not pixels:
+        return out
+    tiles = triton.cdiv(pixels, config.block_m) * triton.cdiv(k, config.block_n)
+    split, target = config.split_k, out
+    if split > 1:
+        target = torch.empty((split, pixels, k), dtype=torch.float32, device=out.device)
+    with on_device_of(out):
+        _conv3x3_affine_kernel[(tiles * split,)](
+            a.c,
+            a.bn,
+            tap_major(w),
+            bn,
+            residual if split == 1 else None,
+            target,
+            pixels,
+            k,
+            *a.c.shape[1:],
+            out_h,
+            out_w,
+            RELU=relu,
+            SPLIT_K=split,
+            **_constants(a, w, geometry, config),
+        )
+        if split > 1:
+            # 8 x 64 values in 128 threads: a 16-byte load of every share each, and blocks enough for a small map.
+            block_m, block_n = 8, 64
+            _split_affine_kernel[(triton.cdiv(pixels, block_m) * triton.cdiv(k, block_n),)](
+                target,
                 bn,
                 residual,
                 out,
                 pixels,
                 k,
-                *a.c.shape[1:],
-                out_h,
-                out_w,
                 RELU=relu,
-                **_constants(a, w, geometry, config),
+                SPLIT_K=split,
+                BLOCK_M=block_m,
+                BLOCK_N=block_n,
+                num_warps=4,
+                num_stages=2,
             )
     return out

@@ -64,6 +64,8 @@ def _conv1x1_unsupported(problem: Problem, config: TileConfig | None, device: De
         return f"padding {problem.padding} on a 1x1 convolution"
     if problem.groups != 1:
         return f"{problem.groups} groups"
+    if config is not None and config.split_k > 1:
+        return "this kernel does not split its depth"
     return _gemm_unsupported(problem, config, device)
 
 
@@ -93,7 +95,7 @@ def _conv1x1_heuristic(problem: Problem, device: Device) -> TileConfig:
         # Two blocks on an SM hide each other's epilogue, so one takes at most half of the shared memory.
         if gemm_smem(problem, config) <= device.smem_bytes // 2:
             break
-    return config
+    return _with_split(problem, config, device)
 
 
 def _conv3x3_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
@@ -103,13 +105,42 @@ def _conv3x3_unsupported(problem: Problem, config: TileConfig | None, device: De
         )
     if min(problem.r, problem.s) < 1:
         return f"no kernel extent: {problem.r}x{problem.s}"
-    if (problem.r, problem.s, problem.stride, problem.padding) == (1, 1, (1, 1), (0, 0)):
+    split = config is not None and config.split_k > 1
+    if split and problem.op != "conv_affine":
+        return f"split_k {config.split_k}: only an affine epilogue can wait for the sum"
+    if split and (reason := _split_unsupported(problem, config)):
+        return reason
+    if (problem.r, problem.s, problem.stride, problem.padding) == (1, 1, (1, 1), (0, 0)) and not split:
         return "a plain 1x1 convolution is a matrix product, whose operands may come deferred"
     if problem.op == "conv_dgrad" and problem.prologue:
         return "a deferred gradient would be rebuilt for every tap: write it out first"
     if config is not None and config.num_warps > 4 and device.arch < 90:
         return f"{config.num_warps} warps: Triton's mma.sync convolutions were seen wrong with more than four"
     return _gemm_unsupported(problem, config, device)
+
+
+def _depth_steps(problem: Problem, config: TileConfig) -> int:
+    return problem.r * problem.s * -(-problem.c // config.block_k)
+
+
+def _split_unsupported(problem: Problem, config: TileConfig) -> str | None:
+    if config.split_k > _depth_steps(problem, config):
+        return f"split_k {config.split_k} of {_depth_steps(problem, config)} steps in depth"
+    workspace = 4 * config.split_k * problem.gemm_m * problem.gemm_n
+    return f"split_k {config.split_k}: {workspace >> 20} MB of partial products" if workspace > 64 << 20 else None
+
+
+def _with_split(problem: Problem, config: TileConfig, device: Device) -> TileConfig:
+    """Split the depth of an inference convolution whose tiles would leave half of the SMs idle.
+
+    Only from 16 steps in depth on, and at least four to a share: the second kernel costs about as much as ten steps.
+    """
+    tiles = -(-problem.gemm_m // config.block_m) * -(-problem.gemm_n // config.block_n)
+    steps = _depth_steps(problem, config)
+    if problem.op != "conv_affine" or steps < 16 or 2 * tiles > device.sm_count:
+        return config
+    split = replace(config, num_warps=4, split_k=min(device.sm_count // tiles, steps // 4))
+    return config if _split_unsupported(problem, split) else split
 
 
 def _conv3x3_heuristic(problem: Problem, device: Device) -> TileConfig:
@@ -142,7 +173,7 @@ def _conv3x3_heuristic(problem: Problem, device: Device) -> TileConfig:
         config = TileConfig(block_m, block_n, block_k, 4, num_stages)
         if gemm_smem(problem, config) <= device.smem_bytes // 2:
             break
-    return config
+    return _with_split(problem, config, device)
 
 
 def _elementwise_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:

@@ -95,13 +95,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile extents (pixels, channels, depth) and launch parameters of a Triton kernel; ``block_k`` 0: no GEMM."""
+    """Tile extents (pixels, channels, depth) and launch parameters of a Triton kernel; ``block_k`` 0: no GEMM.
+
+    ``split_k``: programs that share the depth of one tile, for kernels that can.
+    """
 
     block_m: int
     block_n: int
     block_k: int = 0
     num_warps: int = 4
     num_stages: int = 3
+    split_k: int = 1
 
 
 @dataclass(frozen=True)
