@@ -394,8 +394,8 @@ def _chain_inference(
     """`chain_forward` for running statistics without gradients: one operator per convolution, nothing saved."""
 
     def conv(unit: ConvBN, a: Tensor, side: Tensor | None, relu: bool) -> Tensor:
-        bn = _finalize(unit, None, options.impl)
-        return _op.conv_affine(a, None, unit.w.to(x.dtype), bn, side, relu, *unit.geometry, options.impl)
+        frozen = unit.running_mean, unit.running_var, unit.gamma, unit.beta, unit.eps
+        return _op.conv_affine(a, unit.w.to(x.dtype), *frozen, side, relu, *unit.geometry, options.impl)
 
     side = x if options.identity else residual
     if shortcut is not None:

@@ -24,11 +24,15 @@ def _pixels(shape) -> int:
     return shape[0] * shape[2] * shape[3]
 
 
-@register_flop_formula([_op.conv_stats, _op.conv_affine])
-def _conv_flop(x_shape, bn_in, w_shape, *args, out_shape=None, **kwargs) -> int:
+@register_flop_formula(_op.conv_stats)
+def _conv_stats_flop(x_shape, bn_in, w_shape, *args, out_shape=None, **kwargs) -> int:
     """2 N P Q K C/groups R S: what the counter says of the same convolution."""
-    out = out_shape if isinstance(out_shape, torch.Size) else out_shape[0]  # the convolution, then its statistics
-    return 2 * _pixels(out) * prod(w_shape)
+    return 2 * _pixels(out_shape[0]) * prod(w_shape)
+
+
+@register_flop_formula(_op.conv_affine)
+def _conv_affine_flop(x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _pixels(out_shape) * prod(w_shape)
 
 
 @register_flop_formula(_op.conv1x1_join)

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import plan as planning
 from . import reference
 from .plan import Plan, Problem, statistics_rows
-from .reference import Deferred, Geometry, Gradient, Running
+from .reference import Deferred, Frozen, Geometry, Gradient, Running
 
 _LIBRARY = torch.library.Library("fused_resnet", "DEF")
 _recorder: Callable[[Problem, Plan], None] | None = None
@@ -144,6 +144,7 @@ def _deferred(c: Tensor | None, bn: Tensor | None) -> Deferred | None:
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 _AFFINE = "Tensor? gamma, Tensor? beta"
+_FROZEN = f"Tensor running_mean, Tensor running_var, {_AFFINE}, float eps"
 _RUNNING = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked"
 
 
@@ -162,15 +163,12 @@ def _(select, x, bn_in, w, stride, padding, dilation, groups, impl):
     return c, _one_row_per_chunk(partials)
 
 
-@_operator(
-    f"conv_affine(Tensor x, Tensor? bn_in, Tensor w, Tensor bn, Tensor? residual, bool relu, {_GEOMETRY}, str impl)"
-    " -> Tensor"
-)
-def _(select, x, bn_in, w, bn, residual, relu, stride, padding, dilation, groups, impl):
+@_operator(f"conv_affine(Tensor x, Tensor w, {_FROZEN}, Tensor? residual, bool relu, {_GEOMETRY}, str impl) -> Tensor")
+def _(select, x, w, mean, var, gamma, beta, eps, residual, relu, stride, padding, dilation, groups, impl):
     geometry = Geometry(stride, padding, dilation, groups)
     epilogue = "affine" if residual is None else "affine+residual"
-    run = select("conv_affine", impl, x, geometry, w.shape, bn_in is not None, epilogue)
-    return run(Deferred(x, bn_in), w, bn, residual, relu, geometry)
+    run = select("conv_affine", impl, x, geometry, w.shape, False, epilogue)
+    return run(x, w, Frozen(mean, var, gamma, beta, eps), residual, relu, geometry)
 
 
 @_operator(f"bn_finalize(Tensor partials, {_AFFINE}, {_RUNNING}, float? momentum, float eps, str impl) -> Tensor")
@@ -179,7 +177,7 @@ def _(select, partials, gamma, beta, mean, var, counter, momentum, eps, impl):
     return run(partials, gamma, beta, _running(mean, var, counter), momentum, eps)
 
 
-@_operator(f"bn_frozen(Tensor running_mean, Tensor running_var, {_AFFINE}, float eps, str impl) -> Tensor")
+@_operator(f"bn_frozen({_FROZEN}, str impl) -> Tensor")
 def _(select, mean, var, gamma, beta, eps, impl):
     return select("bn_frozen", impl, mean.view(1, -1, 1, 1))(mean, var, gamma, beta, eps)
 

@@ -57,6 +57,19 @@ class Gradient(NamedTuple):
     coef: Tensor | None = None
 
 
+class Frozen(NamedTuple):
+    """A BatchNorm with running statistics, as its buffers and parameters lie in memory; gamma, beta None: 1 and 0.
+
+    Inference kernels make scale and shift of it in fp32 themselves, so that nothing cached can be out of date.
+    """
+
+    mean: Tensor
+    var: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+
+
 class Running(NamedTuple):
     """The buffers of a BatchNorm that training updates in place: [C], [C] and a 0-dimensional int64 counter."""
 
@@ -213,12 +226,15 @@ def conv_stats(a: Deferred, w: Tensor, geometry: Geometry) -> tuple[Tensor, Tens
     return c, channel_partials(c)
 
 
-def conv_affine(a: Deferred, w: Tensor, bn: Tensor, residual: Tensor | None, relu: bool, geometry: Geometry) -> Tensor:
-    """out = relu?(conv(a, w) * scale + shift + residual), rounded once; [N, K, P, Q] in the dtype of a."""
-    out = affine(F.conv2d(_activation(a), w, None, *geometry), bn)
+def conv_affine(x: Tensor, w: Tensor, bn: Frozen, residual: Tensor | None, relu: bool, geometry: Geometry) -> Tensor:
+    """out = relu?(conv(x, w) * scale + shift + residual), rounded once; [N, K, P, Q] in the dtype of x.
+
+    scale = gamma / sqrt(var + eps) and shift = beta - mean * scale, of running statistics: for inference.
+    """
+    out = affine(F.conv2d(x, w, None, *geometry), bn_frozen(*bn))
     if residual is not None:
         out += residual
-    return channels_last((out.relu_() if relu else out).to(a.c.dtype))
+    return channels_last((out.relu_() if relu else out).to(x.dtype))
 
 
 def bn_act(a: Deferred, relu: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .plan import Problem
-from .reference import Deferred, Geometry, Gradient, Running, bn_act_pool, merge_partials, pack_mask
+from .reference import Deferred, Frozen, Geometry, Gradient, Running, bn_act_pool, merge_partials, pack_mask
 
 # (images, input channels, height, width, output channels, stride) of 1x1 convolutions that break careless indexing:
 # channel counts that are no multiple of 8, odd maps, one pixel, one image, several chunks of statistics.
@@ -65,6 +65,13 @@ def random_affine(channels: int, generator: torch.Generator, device: str = "cpu"
     gamma[0] = -0.7
     gamma[channels // 2] = 0.0
     return gamma.to(device), torch.randn(channels, generator=generator).to(device)
+
+
+def random_frozen(channels: int, generator: torch.Generator, device: str = "cpu", eps: float = 1e-5) -> Frozen:
+    """Running statistics and parameters of a BatchNorm, fp32 [C], with a negative and a zero gamma among them."""
+    mean = torch.randn(channels, generator=generator).to(device)
+    var = torch.rand(channels, generator=generator).to(device) * 1.5 + 0.5
+    return Frozen(mean, var, *random_affine(channels, generator, device), eps)
 
 
 def random_bn(c: Tensor, generator: torch.Generator, frozen: bool = False, eps: float = 1e-5) -> Tensor:
@@ -185,8 +192,8 @@ class _Samples:
 
     def conv_affine(self):
         residual = self._map(self.output) if self.p.epilogue.endswith("+residual") else None
-        a = self._deferred(self.input, self.p.prologue)
-        return a, self._conv_weight(), self._vectors(self.p.k), residual, True, self.geometry
+        frozen = random_frozen(self.p.k, self.generator, self.device)
+        return self._map(self.input), self._conv_weight(), frozen, residual, True, self.geometry
 
     def conv1x1_join(self):
         a, w, bn = (
@@ -216,9 +223,7 @@ class _Samples:
         return (self._partials(3),)
 
     def bn_frozen(self):
-        gamma, beta = random_affine(self.p.c, self.generator, self.device)
-        mean = torch.randn(self.p.c, generator=self.generator).to(self.device)
-        return mean, mean.abs() + 0.5, gamma, beta, 1e-5
+        return tuple(random_frozen(self.p.c, self.generator, self.device))
 
     def bn_act(self):
         return self._deferred(self.input), True

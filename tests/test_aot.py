@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_resnet.plan import MODELS, Device, Problem, Unsupported, gemm_smem, model_problems, triton_plan
-from fused_resnet.reference import Deferred, Geometry, Gradient, Running
+from fused_resnet.reference import Deferred, Frozen, Geometry, Gradient, Running
 
 pytest.importorskip("triton")
 
@@ -58,7 +58,9 @@ def launch_arguments(problem: Problem):
             return [(a, w, geometry)]
         if problem.op == "conv_affine":
             residual = out if problem.epilogue.endswith("residual") else None
-            return [(a, w, bn, residual, relu, geometry) for relu in (True, False)]
+            buffers = meta(k)
+            frozen = [Frozen(*(buffers,) * 4, 1e-5), Frozen(buffers, buffers, None, None, 1e-5)]
+            return [(x, w, bn, residual, relu, geometry) for bn, relu in ((frozen[0], True), (frozen[1], False))]
         if problem.epilogue == "join":
             return [(a, w, bn, out, None, None, 1)]
         stride, side = problem.stride[0], problem.side

@@ -9,9 +9,11 @@ from fused_resnet.plan import Device, Plan, Problem, TileConfig, triton_plan
 from fused_resnet.reference import Deferred, Geometry
 from fused_resnet.testing import (
     POINTWISE_SHAPES,
+    as_double,
     assert_within_budget,
     random_activation,
     random_bn,
+    random_frozen,
     random_weight,
 )
 
@@ -101,12 +103,13 @@ def test_statistics_do_not_cancel(generator, device):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", POINTWISE_SHAPES[:4])
 def test_affine(shape, residual, relu, dtype, generator, device):
-    a, w, bn, geometry = inputs(shape, dtype, generator, device, prologue=relu)
-    low = reference.conv_affine(a, w, bn, None, False, geometry)
+    (x, _), w, _, geometry = inputs(shape, dtype, generator, device, False)
+    bn = random_frozen(w.shape[0], generator, device)
+    low = reference.conv_affine(x, w, bn, None, False, geometry)
     side = random_activation(tuple(low.shape), dtype, generator, device=device) if residual else None
-    out = conv1x1.launch_conv1x1_affine(a, w, bn, side, relu, geometry, PLAN)
-    low = reference.conv_affine(a, w, bn, side, relu, geometry)
-    ref = reference.conv_affine(Deferred(*double(*a)), *double(w, bn, side), relu, geometry)
+    arguments = x, w, bn, side, relu, geometry
+    out = conv1x1.launch_conv1x1_affine(*arguments, PLAN)
+    low, ref = reference.conv_affine(*arguments), reference.conv_affine(*as_double(arguments))
     assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
     assert_within_budget(out, ref, low)
 
@@ -145,19 +148,19 @@ def test_bits_repeat(generator, device):
 
 
 def test_heuristic_tiles_give_the_same_answer(generator, device):
-    a, w, bn, geometry = inputs((2, 64, 17, 17, 128, 1), torch.float16, generator, device, True)
-    problem = Problem("conv_affine", 2, 17, 17, 64, 128, 1, 1, dtype="float16", prologue=True, epilogue="affine")
+    (x, _), w, _, geometry = inputs((2, 64, 17, 17, 128, 1), torch.float16, generator, device, False)
+    problem = Problem("conv_affine", 2, 17, 17, 64, 128, 1, 1, dtype="float16", epilogue="affine")
     plan = triton_plan(problem, None, Device.default(90), "test")
-    out = conv1x1.launch_conv1x1_affine(a, w, bn, None, True, geometry, plan)
-    ref = reference.conv_affine(Deferred(*double(*a)), *double(w, bn), None, True, geometry)
-    assert_within_budget(out, ref, reference.conv_affine(a, w, bn, None, True, geometry))
+    arguments = x, w, random_frozen(128, generator, device), None, True, geometry
+    out = conv1x1.launch_conv1x1_affine(*arguments, plan)
+    assert_within_budget(out, reference.conv_affine(*as_double(arguments)), reference.conv_affine(*arguments))
 
 
 def test_nan_in_nan_out(generator, device):
     """A ReLU that turns NaN into 0 would hide a diverged run."""
-    a, w, bn, geometry = inputs((1, 16, 3, 3, 16, 1), torch.float32, generator, device, True)
+    a, w, bn, _ = inputs((1, 16, 3, 3, 16, 1), torch.float32, generator, device, True)
     a.c[0, 3, 1, 1] = float("nan")
-    out = conv1x1.launch_conv1x1_affine(a, w, bn, None, True, geometry, PLAN)
+    out, _ = conv1x1.launch_conv1x1_join(a, w, bn, torch.ones_like(a.c), None, None, 1, PLAN)
     assert out[0, :, 1, 1].isnan().all() and not out[0, :, 0, 0].isnan().any()
 
 
@@ -170,6 +173,9 @@ def test_wrong_arguments_are_named(generator, device):
     with pytest.raises(ValueError, match="not a plain 1x1"):
         conv1x1.launch_conv1x1_stats(a, w, Geometry(padding=(1, 1)), PLAN)
     with pytest.raises(ValueError, match="bn must be"):
-        conv1x1.launch_conv1x1_affine(a, w, bn[:, :5], None, True, geometry, PLAN)
+        conv1x1.launch_conv1x1_join(a, w, bn[:, :5], a.c, None, None, 1, PLAN)
+    frozen = random_frozen(32, generator, device)
+    with pytest.raises(ValueError, match="bn.var must be"):
+        conv1x1.launch_conv1x1_affine(a.c, w, frozen._replace(var=frozen.var[:5]), None, True, geometry, PLAN)
     with pytest.raises(ValueError, match="residual"):
-        conv1x1.launch_conv1x1_affine(a, w, bn, a.c, True, geometry, PLAN)
+        conv1x1.launch_conv1x1_affine(a.c, w, frozen, a.c, True, geometry, PLAN)

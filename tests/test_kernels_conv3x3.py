@@ -8,7 +8,14 @@ import torch
 from fused_resnet import reference
 from fused_resnet.plan import Device, Plan, Problem, TileConfig, triton_plan, unsupported
 from fused_resnet.reference import Deferred, Geometry, Gradient
-from fused_resnet.testing import assert_within_budget, random_activation, random_bn, random_weight
+from fused_resnet.testing import (
+    as_double,
+    assert_within_budget,
+    random_activation,
+    random_bn,
+    random_frozen,
+    random_weight,
+)
 
 conv3x3 = pytest.importorskip("fused_resnet.kernels.conv3x3", reason="needs Triton", exc_type=ImportError)
 conv3x3_grad = pytest.importorskip("fused_resnet.kernels.conv3x3_grad", reason="needs Triton", exc_type=ImportError)
@@ -143,13 +150,11 @@ def test_statistics_do_not_cancel(generator, device):
 @pytest.mark.parametrize("relu,residual", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("name", ["3x3", "stride 2, even", "dilation 2", "one pixel"])
 def test_affine(name, relu, residual, dtype, generator, device):
-    case = Case(name, dtype, generator, device, prologue=relu and not residual)
+    case = Case(name, dtype, generator, device)
     side = case.activation(case.out_shape) if residual else None
-    bn = random_bn(case.activation(case.out_shape), generator)
-    args = case.w, bn, side, relu, case.geometry
-    out = conv3x3.launch_conv3x3_affine(case.a, *args, case.plan)
-    low = reference.conv_affine(case.a, *args)
-    ref = reference.conv_affine(Deferred(*double(*case.a)), *double(case.w, bn, side), relu, case.geometry)
+    args = case.a.c, case.w, random_frozen(case.w.shape[0], generator, device), side, relu, case.geometry
+    out = conv3x3.launch_conv3x3_affine(*args, case.plan)
+    low, ref = reference.conv_affine(*args), reference.conv_affine(*as_double(args))
     assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
     assert_within_budget(out, ref, low)
 
@@ -159,15 +164,13 @@ def test_affine(name, relu, residual, dtype, generator, device):
 @pytest.mark.parametrize("name", ["3x3", "stride 2, odd", "plain 1x1"])
 def test_affine_of_a_split_depth(name, split, dtype, generator, device):
     """Shares of unequal numbers of steps, and some that end within a tap; the same bits again."""
-    case = Case(name, dtype, generator, device, prologue=split == 2)
+    case = Case(name, dtype, generator, device)
     plan = replace(case.plan, config=replace(case.plan.config, block_k=16, split_k=split))
     side = case.activation(case.out_shape)
-    bn = random_bn(case.activation(case.out_shape), generator)
-    args = case.w, bn, side, True, case.geometry
-    out = conv3x3.launch_conv3x3_affine(case.a, *args, plan)
-    ref = reference.conv_affine(Deferred(*double(*case.a)), *double(case.w, bn, side), True, case.geometry)
-    assert_within_budget(out, ref, reference.conv_affine(case.a, *args))
-    assert torch.equal(out, conv3x3.launch_conv3x3_affine(case.a, *args, plan))
+    args = case.a.c, case.w, random_frozen(case.w.shape[0], generator, device), side, True, case.geometry
+    out = conv3x3.launch_conv3x3_affine(*args, plan)
+    assert_within_budget(out, reference.conv_affine(*as_double(args)), reference.conv_affine(*args))
+    assert torch.equal(out, conv3x3.launch_conv3x3_affine(*args, plan))
 
 
 def test_depth_is_split_where_tiles_leave_the_card_idle():
@@ -318,9 +321,9 @@ def test_plans_name_their_limits():
 def test_nan_in_nan_out(generator, device):
     """A ReLU that turns NaN into 0 would hide a diverged run; and a NaN must not leak through the padding."""
     case = Case("3x3", torch.float32, generator, device)
-    bn = random_bn(case.activation(case.out_shape), generator)
+    bn = random_frozen(case.w.shape[0], generator, device)
     case.a.c[0, 3, 0, 0] = float("nan")
-    out = conv3x3.launch_conv3x3_affine(case.a, case.w, bn, None, True, case.geometry, case.plan)
+    out = conv3x3.launch_conv3x3_affine(case.a.c, case.w, bn, None, True, case.geometry, case.plan)
     assert out[0, :, :2, :2].isnan().all() and out.isnan().sum() == out[0, :, :2, :2].numel()
 
 
@@ -336,7 +339,7 @@ def test_wrong_arguments_are_named(generator, device):
     with pytest.raises(ValueError, match="groups"):
         conv3x3.launch_conv3x3_stats(a, w, geometry._replace(groups=5), plan)
     with pytest.raises(ValueError, match="residual"):
-        conv3x3.launch_conv3x3_affine(a, w, random_bn(grad.g, generator), a.c, True, geometry, plan)
+        conv3x3.launch_conv3x3_affine(a.c, w, random_frozen(w.shape[0], generator, device), a.c, True, geometry, plan)
     deferred = Gradient(grad.g, bits_of(grad.g.shape, generator, device))
     with pytest.raises(ValueError, match="written out"):
         conv3x3_grad.launch_conv3x3_dgrad(deferred, w, geometry, case.hw, None, None, 1, plan)

@@ -14,6 +14,7 @@ from fused_resnet.testing import (
     check_operator,
     random_activation,
     random_bn,
+    random_frozen,
     random_weight,
 )
 
@@ -156,10 +157,10 @@ def test_wrong_arguments_are_named(generator, device):
         conv_library.launch_library_stats(Deferred(x.contiguous()), w, geometry, PLAN)
     with pytest.raises(ValueError, match="weight is torch.float16"):
         conv_library.launch_library_stats(Deferred(x), w.half(), geometry, PLAN)
-    with pytest.raises(ValueError, match="bn must be"):
-        conv_library.launch_library_affine(Deferred(x), w, torch.ones(5, 31), None, True, geometry, PLAN)
+    with pytest.raises(ValueError, match="bn.mean must be"):
+        conv_library.launch_library_affine(x, w, random_frozen(31, generator, device), None, True, geometry, PLAN)
     with pytest.raises(ValueError, match="residual"):
-        conv_library.launch_library_affine(Deferred(x), w, torch.ones(5, 32, device=device), x, True, geometry, PLAN)
+        conv_library.launch_library_affine(x, w, random_frozen(32, generator, device), x, True, geometry, PLAN)
     g = random_activation((1, 32, 4, 3), torch.float32, generator, device=device)
     with pytest.raises(ValueError, match="addend is"):
         conv_library.launch_library_dgrad(Gradient(g), w, geometry, (4, 3), None, Gradient(g), 1, PLAN)

@@ -38,7 +38,7 @@ def _samples():
     """(operator, flat arguments without impl)."""
     for r, stride, prologue in ((1, 1, True), (1, 2, False), (3, 1, False), (3, 2, True)):
         yield "conv_stats", _flat(_conv("conv_stats", r, stride, prologue=prologue))
-        yield "conv_affine", _flat(_conv("conv_affine", r, stride, prologue=prologue, epilogue="affine+residual"))
+        yield "conv_affine", _flat(_conv("conv_affine", r, stride, epilogue="affine+residual"))
         yield "conv_wgrad", _flat(_conv("conv_wgrad", r, stride, prologue=prologue))
     for r, epilogue in ((1, "add"), (3, "relu"), (3, "")):
         g, w, geometry, hw, relu_of, addend, stride = testing.operator_arguments(

@@ -186,14 +186,15 @@ def test_convolution_and_its_gradients(r, geometry, deferred):
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_affine_epilogue_order(relu, residual):
-    """affine, then residual, then ReLU; padding is zero after the deferred input's BatchNorm and ReLU."""
-    c = _map((2, 6, 5, 5))
-    bn_in, *_ = _bn(c)
+    """affine, then residual, then ReLU; also without gamma and beta."""
+    x, side = _map((2, 6, 5, 5)), _map((2, 7, 5, 5), seed=2)
     w, geometry = _w(7, 6, 3), Geometry(padding=(1, 1))
-    bn, side = torch.randn(5, 7, dtype=torch.double), _map((2, 7, 5, 5), seed=2)
-    raw = F.conv2d(reference.affine(c, bn_in).relu(), w, None, *geometry)
-    expected = raw * bn[2].view(1, -1, 1, 1) + bn[3].view(1, -1, 1, 1) + (side if residual else 0)
-    got = reference.conv_affine(Deferred(c, bn_in), w, bn, side if residual else None, relu, geometry)
+    mean, var, gamma, beta = torch.randn(4, 7, dtype=torch.double)
+    affine = (gamma, beta) if relu else (None, None)
+    raw = F.batch_norm(F.conv2d(x, w, None, *geometry), mean, var.abs(), *affine, eps=EPS)
+    expected = raw + side if residual else raw
+    frozen = reference.Frozen(mean, var.abs(), *affine, EPS)
+    got = reference.conv_affine(x, w, frozen, side if residual else None, relu, geometry)
     torch.testing.assert_close(got, expected.relu() if relu else expected, **close)
 
 

@@ -38,6 +38,14 @@ def require_vectors(name: str, x: Tensor, rows: int, channels: int) -> Tensor:
     return x
 
 
+def require_frozen(bn, channels: int) -> tuple:
+    """The buffers of a BatchNorm (mean, var, gamma | None, beta | None, eps) if they are [channels]; ValueError."""
+    for name, vector in zip(("mean", "var", "gamma", "beta"), bn):
+        if vector is not None and (vector.shape != (channels,) or not vector.is_contiguous()):
+            raise ValueError(f"bn.{name} must be contiguous [{channels}]; got {tuple(vector.shape)}")
+    return tuple(bn)
+
+
 def require_partials(name: str, x: Tensor, rows: int) -> Tensor:
     """Return ``x`` if it is a contiguous fp32 [T, rows, C] table of partial sums; ValueError."""
     if x.dim() != 3 or x.shape[1] != rows or x.dtype != torch.float32 or not x.is_contiguous():

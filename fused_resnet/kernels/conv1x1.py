@@ -27,6 +27,7 @@ from . import (
     empty_rows,
     input_precision,
     on_device_of,
+    require_frozen,
     require_like,
     require_rows,
     require_vectors,
@@ -35,6 +36,7 @@ from .epilogue import (
     BN_SCALE,
     BN_SHIFT,
     affine,
+    frozen_vectors,
     load_vector,
     merge_statistics,
     relu,
@@ -94,7 +96,12 @@ def _conv1x1_fwd_kernel(
     w_ptr,  # [gemm_n, gemm_k]
     out_ptr,  # [gemm_m, gemm_n]
     partials_ptr,  # [chunks, 3, gemm_n] fp32 | None: affine epilogue
-    bn_ptr,  # [5, gemm_n] fp32 | None: statistics epilogue
+    bn_ptr,  # [5, gemm_n] fp32 | None: running statistics or a statistics epilogue
+    mean_ptr,  # [gemm_n] and the next three: running statistics | None
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    eps,
     residual_ptr,  # [gemm_m, gemm_n] | None
     mask_ptr,  # [gemm_m, ceil(gemm_n / 8)] uint8 | None
     shortcut_ptr,  # [shortcut pixels, shortcut_k] | None: no second GEMM
@@ -159,6 +166,9 @@ def _conv1x1_fwd_kernel(
             count, mean, m2 = merge_statistics(count, mean, m2, tile_count, tile_mean, tile_m2)
         if bn_ptr is not None:
             acc = affine(acc, load_vector(bn_ptr, BN_SCALE, gemm_n, cols), load_vector(bn_ptr, BN_SHIFT, gemm_n, cols))
+        if var_ptr is not None:
+            scale, shift = frozen_vectors(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, gemm_n, cols)
+            acc = affine(acc, scale, shift)
         if residual_ptr is not None:
             acc += tl.load(residual_ptr + tile_start + elements, mask=valid, other=0.0).to(tl.float32)
         if shortcut_ptr is not None:
@@ -208,9 +218,15 @@ def _check_operands(name: str, x, w) -> None:
         raise ValueError(f"weight of {name} is {tuple(w.shape)} {w.dtype}; expected [N, {x.shape[1]}, 1, 1] {x.dtype}")
 
 
-def _launch(a, w, out, plan, *, stride=1, partials=None, bn=None, residual=None, mask=None, relu=False, side=None):
+_NO_BN = (None, None, None, None, 0.0)
+
+
+def _launch(
+    x, bn_in, w, out, plan, *, stride=1, partials=None, bn=None, frozen=_NO_BN, residual=None, mask=None, relu=False,
+    side=None,
+):  # fmt: skip
     """Launch the kernel on checked operands. ``side``: (x_s, w_s, bn_s) of a second GEMM, strided by ``stride``."""
-    n, gemm_k, in_h, in_w = a.c.shape
+    n, gemm_k, in_h, in_w = x.shape
     gemm_n, out_h, out_w = out.shape[1:]
     gemm_m = n * out_h * out_w
     side_x, side_w, side_bn = side or (None, None, None)
@@ -228,12 +244,13 @@ def _launch(a, w, out, plan, *, stride=1, partials=None, bn=None, residual=None,
         return
     with on_device_of(out):
         _conv1x1_fwd_kernel[grid](
-            a.c,
-            a.bn,
+            x,
+            bn_in,
             w,
             out,
             partials,
             bn,
+            *frozen,
             residual,
             mask,
             side_x,
@@ -250,7 +267,7 @@ def _launch(a, w, out, plan, *, stride=1, partials=None, bn=None, residual=None,
             chunk_pixels,
             STRIDE=stride,
             RELU=relu,
-            INPUT_PRECISION=input_precision(a.c.dtype),
+            INPUT_PRECISION=input_precision(x.dtype),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
@@ -259,9 +276,9 @@ def _launch(a, w, out, plan, *, stride=1, partials=None, bn=None, residual=None,
         )
 
 
-def _output(a, w, stride: int):
-    n, _, h, w_in = a.c.shape
-    return empty_rows(n, w.shape[0], (h - 1) // stride + 1, (w_in - 1) // stride + 1, a.c)
+def _output(x, w, stride: int):
+    n, _, h, w_in = x.shape
+    return empty_rows(n, w.shape[0], (h - 1) // stride + 1, (w_in - 1) // stride + 1, x)
 
 
 def launch_conv1x1_stats(a, w, geometry, plan):
@@ -274,23 +291,24 @@ def launch_conv1x1_stats(a, w, geometry, plan):
     _check_operands("a", a.c, w)
     if a.bn is not None:
         require_vectors("a.bn", a.bn, 5, a.c.shape[1])
-    out = _output(a, w, stride)
+    out = _output(a.c, w, stride)
     partials = torch.empty((plan.statistics_rows(w.shape[0]), 3, w.shape[0]), dtype=torch.float32, device=out.device)
-    _launch(a, w, out, plan, stride=stride, partials=partials)
+    _launch(*a, w, out, plan, stride=stride, partials=partials)
     return out, partials
 
 
-def launch_conv1x1_affine(a, w, bn, residual, relu, geometry, plan):
-    """out = conv1x1(relu(bn(a))) * scale + shift [+ residual] [relu]; residual [N, N_out, P, Q] or None."""
+def launch_conv1x1_affine(x, w, bn, residual, relu, geometry, plan):
+    """out = conv1x1(x) * scale + shift [+ residual] [relu]; residual [N, N_out, P, Q] or None.
+
+    bn: Frozen(mean, var, gamma | None, beta | None, eps), running statistics [N_out] in any floating dtype.
+    """
     stride = _check_geometry(geometry)
-    _check_operands("a", a.c, w)
-    if a.bn is not None:
-        require_vectors("a.bn", a.bn, 5, a.c.shape[1])
-    require_vectors("bn", bn, 5, w.shape[0])
-    out = _output(a, w, stride)
+    _check_operands("x", x, w)
+    frozen = require_frozen(bn, w.shape[0])
+    out = _output(x, w, stride)
     if residual is not None:
         require_like("residual", residual, out)
-    _launch(a, w, out, plan, stride=stride, bn=bn, residual=residual, relu=relu)
+    _launch(x, None, w, out, plan, stride=stride, frozen=frozen, residual=residual, relu=relu)
     return out
 
 
@@ -304,10 +322,10 @@ def launch_conv1x1_join(a, w, bn, shortcut, w_shortcut, bn_shortcut, stride_shor
     if a.bn is not None:
         require_vectors("a.bn", a.bn, 5, a.c.shape[1])
     require_vectors("bn", bn, 5, w.shape[0])
-    out = _output(a, w, 1)
+    out = _output(a.c, w, 1)
     mask = empty_mask(out)
     if w_shortcut is None:
-        _launch(a, w, out, plan, bn=bn, residual=require_like("shortcut", shortcut, out), mask=mask, relu=True)
+        _launch(*a, w, out, plan, bn=bn, residual=require_like("shortcut", shortcut, out), mask=mask, relu=True)
         return out, mask
     _check_operands("shortcut", shortcut, w_shortcut)
     require_vectors("bn_shortcut", bn_shortcut, 5, w.shape[0])
@@ -315,5 +333,5 @@ def launch_conv1x1_join(a, w, bn, shortcut, w_shortcut, bn_shortcut, stride_shor
     if (shortcut.shape[0], w_shortcut.shape[0], h, w_in) != tuple(out.shape) or shortcut.dtype != out.dtype:
         raise ValueError(f"shortcut {tuple(shortcut.shape)} does not lead to {tuple(out.shape)}")
     side = (shortcut, w_shortcut, bn_shortcut)
-    _launch(a, w, out, plan, stride=stride_shortcut, bn=bn, mask=mask, relu=True, side=side)
+    _launch(*a, w, out, plan, stride=stride_shortcut, bn=bn, mask=mask, relu=True, side=side)
     return out, mask

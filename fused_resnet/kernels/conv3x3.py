@@ -30,6 +30,7 @@ from . import (
     input_precision,
     on_device_of,
     output_hw,
+    require_frozen,
     require_like,
     require_pixels,
     require_rows,
@@ -40,6 +41,7 @@ from .epilogue import (
     BN_SCALE,
     BN_SHIFT,
     affine,
+    frozen_vectors,
     load_vector,
     merge_statistics,
     relu,
@@ -210,9 +212,12 @@ def _store_statistics(row_ptr, count, mean, m2, cols, channels):
 @triton.jit(do_not_specialize=["gemm_m", "in_h", "in_w", "out_h", "out_w"])
 def _conv3x3_affine_kernel(
     a_ptr,  # [pixels in, channels]
-    a_bn_ptr,  # [5, channels] fp32 | None
     w_ptr,  # [gemm_n, R, S, channels]
-    bn_ptr,  # [5, gemm_n] fp32
+    mean_ptr,  # [gemm_n] and the next three
+    var_ptr,
+    gamma_ptr,  # | None: 1
+    beta_ptr,  # | None: 0
+    eps,
     residual_ptr,  # [gemm_m, gemm_n] | None
     out_ptr,  # [gemm_m, gemm_n]; with SPLIT_K > 1 fp32 [SPLIT_K, gemm_m, gemm_n], products alone
     gemm_m,
@@ -249,7 +254,7 @@ def _conv3x3_affine_kernel(
         steps = (share + 1) * steps // SPLIT_K - first_step
     acc = _gemm_tile(
         a_ptr,
-        a_bn_ptr,
+        None,
         w_ptr,
         row0,
         gemm_m,
@@ -282,14 +287,15 @@ def _conv3x3_affine_kernel(
     if SPLIT_K > 1:
         tl.store(out_ptr + share.to(tl.int64) * gemm_m * gemm_n + elements, acc, mask=valid)
     else:
-        out = _affine_epilogue(acc, bn_ptr, residual_ptr, elements, valid, cols, gemm_n, RELU)
+        scale, shift = frozen_vectors(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, gemm_n, cols)
+        out = _affine_epilogue(acc, scale, shift, residual_ptr, elements, valid, RELU)
         tl.store(out_ptr + elements, out.to(out_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit
-def _affine_epilogue(acc, bn_ptr, residual_ptr, elements, valid, cols, channels, RELU: tl.constexpr):
+def _affine_epilogue(acc, scale, shift, residual_ptr, elements, valid, RELU: tl.constexpr):
     """relu?(acc * scale + shift [+ residual]), [M, N] fp32."""
-    acc = affine(acc, load_vector(bn_ptr, BN_SCALE, channels, cols), load_vector(bn_ptr, BN_SHIFT, channels, cols))
+    acc = affine(acc, scale, shift)
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + elements, mask=valid, other=0.0).to(tl.float32)
     if RELU:
@@ -300,7 +306,11 @@ def _affine_epilogue(acc, bn_ptr, residual_ptr, elements, valid, cols, channels,
 @triton.jit(do_not_specialize=["pixels"])
 def _split_affine_kernel(
     shares_ptr,  # [SPLIT_K, pixels, channels] fp32
-    bn_ptr,  # [5, channels] fp32
+    mean_ptr,  # [channels] and the next three
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    eps,
     residual_ptr,  # [pixels, channels] | None
     out_ptr,  # [pixels, channels]
     pixels,
@@ -320,28 +330,27 @@ def _split_affine_kernel(
     for share in tl.static_range(SPLIT_K):
         offset = tl.cast(pixels, tl.int64) * channels * share
         acc += tl.load(shares_ptr + offset + elements, mask=valid, other=0.0)
-    out = _affine_epilogue(acc, bn_ptr, residual_ptr, elements, valid, cols, channels, RELU)
+    scale, shift = frozen_vectors(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, channels, cols)
+    out = _affine_epilogue(acc, scale, shift, residual_ptr, elements, valid, RELU)
     tl.store(out_ptr + elements, out.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-def _output(a, w, geometry):
+def _output(name: str, x, w, geometry):
     """Check the operands and allocate [N, K, P, Q]; ValueError for shapes that are no convolution."""
-    require_rows("a", a.c)
-    if w.dim() != 4 or w.shape[1] != a.c.shape[1] or w.dtype != a.c.dtype:
-        raise ValueError(f"weight is {tuple(w.shape)} {w.dtype}; expected [K, {a.c.shape[1]}, R, S] {a.c.dtype}")
-    if a.bn is not None:
-        require_vectors("a.bn", a.bn, 5, a.c.shape[1])
-    out_hw = output_hw(a.c.shape[2:], w.shape, geometry)
+    require_rows(name, x)
+    if w.dim() != 4 or w.shape[1] != x.shape[1] or w.dtype != x.dtype:
+        raise ValueError(f"weight is {tuple(w.shape)} {w.dtype}; expected [K, {x.shape[1]}, R, S] {x.dtype}")
+    out_hw = output_hw(x.shape[2:], w.shape, geometry)
     if min(out_hw) < 1:
-        raise ValueError(f"a {w.shape[2]}x{w.shape[3]} kernel does not fit into {tuple(a.c.shape[2:])} with {geometry}")
-    return empty_rows(a.c.shape[0], w.shape[0], *out_hw, a.c)
+        raise ValueError(f"a {w.shape[2]}x{w.shape[3]} kernel does not fit into {tuple(x.shape[2:])} with {geometry}")
+    return empty_rows(x.shape[0], w.shape[0], *out_hw, x)
 
 
-def _constants(a, w, geometry, config) -> dict:
+def _constants(w, geometry, config) -> dict:
     """What both kernels take by name."""
     return {
         **convolution_constants(w.shape, geometry),
-        "INPUT_PRECISION": input_precision(a.c.dtype),
+        "INPUT_PRECISION": input_precision(w.dtype),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -356,7 +365,9 @@ def launch_conv3x3_stats(a, w, geometry, plan):
     a: Deferred(c [N, C, H, W], bn [5, C] | None); w [K, C, R, S], copied if it is not in channels_last memory. Returns
     (c [N, K, P, Q] in a's dtype, partials [T, 3, K] fp32: count, mean and M2 of the accumulators over each chunk).
     """
-    out = _output(a, w, geometry)
+    out = _output("a", a.c, w, geometry)
+    if a.bn is not None:
+        require_vectors("a.bn", a.bn, 5, a.c.shape[1])
     n, k, out_h, out_w = out.shape
     pixels, rows = n * out_h * out_w, plan.statistics_rows(k)
     chunk_pixels = plan.chunk_pixels(pixels, rows)
@@ -375,20 +386,23 @@ def launch_conv3x3_stats(a, w, geometry, plan):
             out_h,
             out_w,
             chunk_pixels,
-            **_constants(a, w, geometry, plan.config),
+            **_constants(w, geometry, plan.config),
         )
     return out, partials
 
 
-def launch_conv3x3_affine(a, w, bn, residual, relu, geometry, plan):
-    """out = conv(relu(bn(a)), w) * scale + shift [+ residual] [relu]; residual [N, K, P, Q] or None."""
-    out = _output(a, w, geometry)
+def launch_conv3x3_affine(x, w, bn, residual, relu, geometry, plan):
+    """out = conv(x, w) * scale + shift [+ residual] [relu]; residual [N, K, P, Q] or None.
+
+    bn: Frozen(mean, var, gamma | None, beta | None, eps), running statistics [K] in any floating dtype.
+    """
+    out = _output("x", x, w, geometry)
     n, k, out_h, out_w = out.shape
-    require_vectors("bn", bn, 5, k)
+    frozen = require_frozen(bn, k)
     if residual is not None:
         require_like("residual", residual, out)
     pixels, config = n * out_h * out_w, plan.config
-    require_pixels(a.c, pixels + config.block_m)
+    require_pixels(x, pixels + config.block_m)
     if not pixels:
         return out
     tiles = triton.cdiv(pixels, config.block_m) * triton.cdiv(k, config.block_n)
@@ -397,27 +411,26 @@ def launch_conv3x3_affine(a, w, bn, residual, relu, geometry, plan):
         target = torch.empty((split, pixels, k), dtype=torch.float32, device=out.device)
     with on_device_of(out):
         _conv3x3_affine_kernel[(tiles * split,)](
-            a.c,
-            a.bn,
+            x,
             tap_major(w),
-            bn,
+            *frozen,
             residual if split == 1 else None,
             target,
             pixels,
             k,
-            *a.c.shape[1:],
+            *x.shape[1:],
             out_h,
             out_w,
             RELU=relu,
             SPLIT_K=split,
-            **_constants(a, w, geometry, config),
+            **_constants(w, geometry, config),
         )
         if split > 1:
             # 8 x 64 values in 128 threads: a 16-byte load of every share each, and blocks enough for a small map.
             block_m, block_n = 8, 64
             _split_affine_kernel[(triton.cdiv(pixels, block_m) * triton.cdiv(k, block_n),)](
                 target,
-                bn,
+                *frozen,
                 residual,
                 out,
                 pixels,

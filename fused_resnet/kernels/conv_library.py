@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import bn as passes
-from . import on_device_of, require_like, require_mask, require_rows, require_vectors
+from . import on_device_of, require_frozen, require_like, require_mask, require_rows, require_vectors
 from .epilogue import BN_MEAN, BN_RSTD, BN_SCALE, BN_SHIFT, affine, load_addend, load_vector
 
 
@@ -126,10 +126,10 @@ def _gradient_written_out(grad, plan):
     return passes.launch_bn_backward_apply(grad, plan)
 
 
-def _convolve(a, w, geometry, plan):
-    if w.dtype != a.c.dtype:
-        raise ValueError(f"weight is {w.dtype}; expected {a.c.dtype}")
-    c = F.conv2d(_written_out(a, plan), w, None, *geometry)
+def _convolve(x, w, geometry):
+    if w.dtype != x.dtype:
+        raise ValueError(f"weight is {w.dtype}; expected {x.dtype}")
+    c = F.conv2d(x, w, None, *geometry)
     return c.contiguous(memory_format=torch.channels_last)
 
 
@@ -156,7 +156,7 @@ def launch_library_stats(a, w, geometry, plan):
     a: Deferred(c [N, C, H, W], bn [5, C] | None); w [K, C / groups, R, S]; any geometry. Returns (c [N, K, P, Q] in a's
     dtype, partials [T, 3, K] fp32: count, mean and M2 over each chunk of pixels).
     """
-    c = _convolve(a, w, geometry, plan)
+    c = _convolve(_written_out(a, plan), w, geometry)
     n, k, p, q = c.shape
     rows = plan.statistics_rows(k)
     grid, chunk_pixels = _grid(n * p * q, k, rows, plan)
@@ -166,13 +166,17 @@ def launch_library_stats(a, w, geometry, plan):
     return c, partials
 
 
-def launch_library_affine(a, w, bn, residual, relu, geometry, plan):
-    """out = conv(relu(bn(a)), w) * scale + shift [+ residual] [relu]: the library's convolution, then one pass."""
-    c = _convolve(a, w, geometry, plan)
-    require_vectors("bn", bn, 5, c.shape[1])
+def launch_library_affine(x, w, bn, residual, relu, geometry, plan):
+    """out = conv(x, w) * scale + shift [+ residual] [relu]: the library's convolution, then one pass.
+
+    bn: Frozen(mean, var, gamma | None, beta | None, eps), running statistics [K] in any floating dtype.
+    """
+    frozen = require_frozen(bn, w.shape[0])
+    c = _convolve(require_rows("x", x), w, geometry)
     if residual is not None:
         require_like("residual", residual, c)
-    return passes.launch_affine(c, bn, residual, None, None, relu, plan)
+    table = passes.launch_bn_frozen(*frozen, plan)
+    return passes.launch_affine(c, table, residual, None, None, relu, plan)
 
 
 def launch_library_dgrad(grad, w, geometry, input_hw, relu_of, addend, addend_stride, plan):

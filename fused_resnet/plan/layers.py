@@ -127,8 +127,7 @@ def model_problems(
 
 def _stem_problems(stem: _Conv, training: bool) -> list[tuple[str, Problem]]:
     if not training:
-        frozen = Problem("bn_frozen", 1, 1, 1, stem.k, stem.k, dtype="float32")
-        return [(stem.layer, frozen), (stem.layer, stem.problem("conv_affine", epilogue="affine"))]
+        return [(stem.layer, stem.problem("conv_affine", epilogue="affine"))]
     problems = [
         stem.problem("conv_stats", epilogue="stats"),
         stem.vectors("bn_finalize", 3),
@@ -150,7 +149,6 @@ def _join(last: _Conv, down: _Conv | None, prologue: bool) -> Problem:
 def _inference_problems(convs: list[_Conv], down: _Conv | None) -> list[tuple[str, Problem]]:
     problems = []
     for conv in [*convs, *filter(None, [down])]:
-        problems.append((conv.layer, Problem("bn_frozen", 1, 1, 1, conv.k, conv.k, dtype="float32")))
         problems.append((conv.layer, conv.problem("conv_affine", epilogue="affine")))
     last = convs[-1]
     problems.append((last.layer, last.problem("conv_affine", epilogue="affine+residual")))
