@@ -24,7 +24,7 @@ def load_vector(table_ptr, row, channels, cols):
 def frozen_vectors(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, channels, cols):
     """(scale, shift) [N] fp32 of a BatchNorm with running statistics; gamma_ptr, beta_ptr None: 1 and 0."""
     valid = cols < channels
-    scale = 1.0 / tl.sqrt(tl.load(var_ptr + cols, mask=valid, other=1.0).to(tl.float32) + eps)
+    scale = tl.rsqrt(tl.load(var_ptr + cols, mask=valid, other=1.0).to(tl.float32) + eps)
     if gamma_ptr is not None:
         scale *= tl.load(gamma_ptr + cols, mask=valid, other=0.0).to(tl.float32)
     shift = -tl.load(mean_ptr + cols, mask=valid, other=0.0).to(tl.float32) * scale

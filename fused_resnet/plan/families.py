@@ -169,7 +169,8 @@ def _conv3x3_heuristic(problem: Problem, device: Device) -> TileConfig:
         if -(-problem.gemm_m // extent) * -(-problem.k // block_n) < device.sm_count:
             # Rows of statistics fix the pixels of a program: only channels can be split.
             block_m, block_n = (block_m, min(32, block_n)) if per_row else (min(64, block_m), block_n)
-    for num_stages in (3, 2):
+    # A small tile of mma.sync leaves room for a fourth stage; at three, ptxas spills a value around the loop.
+    for num_stages in (4, 3, 2) if mma_sync and block_m * block_n <= 64 * 64 and not gradient else (3, 2):
         config = TileConfig(block_m, block_n, block_k, 4, num_stages)
         if gemm_smem(problem, config) <= device.smem_bytes // 2:
             break
