@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace fused_resnet {
+#include "data_type.h"
 
-enum class DataType { kFloat32, kFloat16, kBFloat16 };
+namespace fused_resnet {
 
 struct FinalizeArguments {
   const float* partials;  // [rows, 3, channels]: count, mean, M2
