@@ -1,6 +1,7 @@
 // C functions over the Hopper kernels' source on the emulated machine, for test_hopper.py.
 #include "hopper_machine.h"
 // The kernels need the machine above.
+#include "bottleneck_sm90.cuh"
 #include "conv3x3_sm90.cuh"
 
 #include <cstdio>
@@ -47,6 +48,16 @@ int guarded(char* error, Body body) {
   }
 }
 
+template <DataType type>
+void run_bottleneck(const BottleneckArguments& a, const hopper::TensorMap (&maps)[5], int sms, int seed) {
+  const int wanted = (a.shape.tiles() + 1) / 2, grid = wanted < sms ? wanted : sms;
+  for (int block = 0; block < grid; ++block) {
+    hopper::machine::run_block(block, grid, BottleneckBlock<type>::kThreads, seed, [&] {
+      BottleneckBlock<type>(a, maps[0], maps[1], maps[2], maps[3], maps[4]).run();
+    });
+  }
+}
+
 Conv3x3Shape shape_of(const int* s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
 
 }  // namespace
@@ -67,6 +78,24 @@ int conv3x3(const int* shape, int bfloat16, int epilogue, int block_n, void* x, 
     const Conv3x3Arguments a{s, partial_rows, bn, partials, side != nullptr, relu != 0};
     bfloat16 ? run_conv3x3<DataType::kBFloat16>(a, kind, n, maps, sms, seed)
              : run_conv3x3<DataType::kFloat16>(a, kind, n, maps, sms, seed);
+  });
+}
+
+// Runs the kernel as launch_bottleneck_sm90 would.
+int bottleneck(const int* shape, int bfloat16, void* x, void* w1, void* w2, void* w3, const float* bn1,
+               const float* bn2, const float* bn3, void* out, int sms, int seed, char* error) {
+  return guarded(error, [&] {
+    const BottleneckShape s{shape[0], shape[1], shape[2]};
+    const BottleneckMaps specs = bottleneck_maps(s, bfloat16);
+    const auto bytes = [](void* p) { return static_cast<uint8_t*>(p); };
+    const hopper::TensorMap maps[5] = {{specs.x, bytes(x)},
+                                       {specs.w1, bytes(w1)},
+                                       {specs.w2, bytes(w2)},
+                                       {specs.w3, bytes(w3)},
+                                       {specs.out, bytes(out)}};
+    const BottleneckArguments a{s, bn1, bn2, bn3};
+    bfloat16 ? run_bottleneck<DataType::kBFloat16>(a, maps, sms, seed)
+             : run_bottleneck<DataType::kFloat16>(a, maps, sms, seed);
   });
 }
 

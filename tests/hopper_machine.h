@@ -400,6 +400,7 @@ inline void sync_threads(uint32_t id, uint32_t threads) {
   machine::require(id >= 1 && id < 16 && threads % 32 == 0, "bar.sync: id or threads");
   machine::meet(id, threads);
 }
+inline void sync_warp() { machine::meet_warp(); }
 inline void sync_block() { machine::meet(0, machine::block->threads_count); }
 template <uint32_t kRegisters>
 inline void raise_registers() {

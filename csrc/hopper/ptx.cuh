@@ -84,6 +84,7 @@ FUSED_RESNET_DEVICE void unpack(uint32_t word, float& first, float& second) {
 // Threads
 
 FUSED_RESNET_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
+FUSED_RESNET_DEVICE void sync_warp() { __syncwarp(); }
 FUSED_RESNET_DEVICE void sync_block() { __syncthreads(); }
 // `threads` threads of the block, whole warps, meet at barrier `id` (1 to 15).
 FUSED_RESNET_DEVICE void sync_threads(uint32_t id, uint32_t threads) {
