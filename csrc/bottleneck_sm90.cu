@@ -28,10 +28,13 @@ void launch_type(const BottleneckLaunch& l, cudaStream_t stream) {
   const auto kernel = bottleneck_sm90_kernel<type>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BottleneckMemory::kBytes);
   const BottleneckMaps maps = bottleneck_maps(l.shape, type == DataType::kBFloat16);
+  const BottleneckArguments arguments{l.shape, l.bn1, l.bn2, l.bn3};
+  constexpr int kThreads = BottleneckBlock<type>::kThreads;
   const int wanted = (l.shape.tiles() + 1) / 2;  // a tile for each warpgroup
-  kernel<<<wanted < sms ? wanted : sms, BottleneckBlock<type>::kThreads, BottleneckMemory::kBytes, stream>>>(
-      {l.shape, l.bn1, l.bn2, l.bn3}, hopper::encode(maps.x, l.x), hopper::encode(maps.w1, l.w1),
-      hopper::encode(maps.w2, l.w2), hopper::encode(maps.w3, l.w3), hopper::encode(maps.out, l.out));
+  const int grid = wanted < sms ? wanted : sms;
+  kernel<<<grid, kThreads, BottleneckMemory::kBytes, stream>>>(
+      arguments, hopper::encode(maps.x, l.x), hopper::encode(maps.w1, l.w1), hopper::encode(maps.w2, l.w2),
+      hopper::encode(maps.w3, l.w3), hopper::encode(maps.out, l.out));
 }
 
 }  // namespace

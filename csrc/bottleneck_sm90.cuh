@@ -1,6 +1,7 @@
 // An identity bottleneck of width 64 in one kernel on Hopper, for inference:
 //
-//   a1 = relu(bn1(x W1))    a2 = relu(bn2(conv3x3(a1, W2)))    out = relu(bn3(a2 W3) + x)        bn(c) = c scale + shift
+//   a1 = relu(bn1(x W1))    a2 = relu(bn2(conv3x3(a1, W2)))    out = relu(bn3(a2 W3) + x)        bn(c) = c scale +
+//   shift
 //
 // x and out have 256 channels; a1 and a2 never leave the chip, rounded to the data's type as if they did. All weights
 // stay in shared memory. Each of two consumer warpgroups works on tiles of 8 x 8 pixels of its own, so that one's
@@ -236,9 +237,8 @@ struct BottleneckBlock {
 #pragma unroll
       for (uint32_t i = 0; i < 4; ++i) {
         const uint32_t first = step * 8 + i * 2, column = hopper::accumulator_column(thread, first);
-        a2[step][i] =
-            hopper::pack<type>(relu_affine(acc[first], Memory::kScale2, Memory::kShift2, column),
-                               relu_affine(acc[first + 1], Memory::kScale2, Memory::kShift2, column + 1));
+        a2[step][i] = hopper::pack<type>(relu_affine(acc[first], Memory::kScale2, Memory::kShift2, column),
+                                         relu_affine(acc[first + 1], Memory::kScale2, Memory::kShift2, column + 1));
       }
     }
     // Results go where a1 was.

@@ -9,11 +9,11 @@ namespace fused_resnet {
 
 struct BottleneckLaunch {
   BottleneckShape shape;
-  DataType dtype;  // float16 or bfloat16
-  const void* x;   // [images, height, width, 256]
-  const void* w1;  // [64, 256]
-  const void* w2;  // [64, 3, 3, 64]
-  const void* w3;  // [256, 64]
+  DataType dtype;                // float16 or bfloat16
+  const void* x;                 // [images, height, width, 256]
+  const void* w1;                // [64, 256]
+  const void* w2;                // [64, 3, 3, 64]
+  const void* w3;                // [256, 64]
   const float *bn1, *bn2, *bn3;  // [5, channels]
   void* out;                     // like x
 };

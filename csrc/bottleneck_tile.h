@@ -8,9 +8,9 @@
 
 namespace fused_resnet {
 
-constexpr int kWidth = 64;       // channels of the inner tensors
-constexpr int kWide = 256;       // channels of x and out
-constexpr int kTile = 8;         // output pixels of a tile, in both directions
+constexpr int kWidth = 64;        // channels of the inner tensors
+constexpr int kWide = 256;        // channels of x and out
+constexpr int kTile = 8;          // output pixels of a tile, in both directions
 constexpr int kHalo = kTile + 2;  // pixels of x that it needs
 
 // x and out [images, height, width, 256] in memory.

@@ -29,9 +29,11 @@ void launch_tile(const Conv3x3Launch& l, int sms, cudaStream_t stream) {
   const TensorMap out = hopper::encode(maps.out, l.out);
   const TensorMap side = l.side == nullptr ? out : hopper::encode(maps.out, l.side);
   const int items = conv3x3_work(l.shape, kBlockN, l.partial_rows).items();
-  const Conv3x3Arguments arguments{l.shape, l.partial_rows, l.bn, l.partials, l.side != nullptr, l.relu};
-  kernel<<<items < sms ? items : sms, Conv3x3Block<type, kBlockN, kEpilogue>::kThreads, kBytes, stream>>>(
-      arguments, hopper::encode(maps.x, l.x), hopper::encode(maps.w, l.w), out, side);
+  const Conv3x3Arguments arguments{l.shape, l.partial_rows, l.bn, l.partials, l.side != nullptr, l.mask, l.relu};
+  constexpr int kThreads = Conv3x3Block<type, kBlockN, kEpilogue>::kThreads;
+  const int grid = items < sms ? items : sms;
+  kernel<<<grid, kThreads, kBytes, stream>>>(arguments, hopper::encode(maps.x, l.x), hopper::encode(maps.w, l.w), out,
+                                             side);
 }
 
 template <DataType type>

@@ -18,10 +18,11 @@ namespace fused_resnet {
 struct Conv3x3Arguments {
   Conv3x3Shape shape;
   int partial_rows;
-  const float* bn;  // [5, filters]: mean, rstd, scale, shift, 1 / count; null (kAffine): out = acc + side
-  float* partials;  // [partial_rows, 3 or 2, filters]
-  bool side;        // kAffine: add the side tensor
-  bool relu;        // kAffine
+  const float* bn;      // [5, filters]: mean, rstd, scale, shift, 1 / count; null (kAffine): out = acc + side
+  float* partials;      // [partial_rows, 3 or 2, filters]
+  bool side;            // kAffine: add the side tensor,
+  const uint8_t* mask;  // of which only the values whose bit is set, [pixels, filters / 8]; null: all
+  bool relu;            // kAffine
 };
 
 template <DataType type, int kBlockN, Epilogue kEpilogue>
@@ -213,6 +214,11 @@ struct Conv3x3Block {
         const uint32_t address = from + hopper::tile_offset(hopper::accumulator_row(thread, i), local);
         float beside[2] = {}, value[2];
         if (has_side()) hopper::unpack<type>(hopper::load_shared(address), beside[0], beside[1]);
+        if (kEpilogue == Epilogue::kAffine && a.mask != nullptr) {
+          const int64_t row = pixel + hopper::accumulator_row(thread, i);
+          const int bits = row < a.shape.pixels() ? a.mask[(row * filters + column) / 8 + eight] >> local % 8 : 0;
+          for (int j = 0; j < 2; ++j) beside[j] = bits >> j & 1 ? beside[j] : 0.0f;
+        }
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           value[j] = acc[i + j];
@@ -240,8 +246,8 @@ struct Conv3x3Block {
   }
 
   // The row of partial sums: over the eight lanes with the same channels, then over the eight warps, in fixed order.
-  FUSED_RESNET_DEVICE void store_partials(float (&first)[kSlots], float (&second)[kSlots], float count,
-                                          uint32_t thread, int row, int column) {
+  FUSED_RESNET_DEVICE void store_partials(float (&first)[kSlots], float (&second)[kSlots], float count, uint32_t thread,
+                                          int row, int column) {
     constexpr bool kMerge = kEpilogue == Epilogue::kStatistics;
     const uint32_t warp = thread / 32, sums = base + Memory::kSums, counts = base + Memory::kCounts;
 #pragma unroll

@@ -19,7 +19,7 @@ struct Conv3x3Shape {
 
 enum class Epilogue {
   kStatistics,    // out = acc; partials [rows, 3, filters] = count, mean, M2 of acc
-  kAffine,        // out = relu?(acc * scale + shift + side)
+  kAffine,        // out = relu?(acc * scale + shift + side), of side only what a bit mask marks if there is one
   kReluGradient,  // out = acc where side * scale + shift > 0; partials [rows, 2, filters] = sum out, sum out * xhat
 };
 

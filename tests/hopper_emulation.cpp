@@ -1,10 +1,10 @@
 // C functions over the Hopper kernels' source on the emulated machine, for test_hopper.py.
+#include <cstdio>
+
 #include "hopper_machine.h"
 // The kernels need the machine above.
 #include "bottleneck_sm90.cuh"
 #include "conv3x3_sm90.cuh"
-
-#include <cstdio>
 
 namespace {
 
@@ -52,9 +52,8 @@ template <DataType type>
 void run_bottleneck(const BottleneckArguments& a, const hopper::TensorMap (&maps)[5], int sms, int seed) {
   const int wanted = (a.shape.tiles() + 1) / 2, grid = wanted < sms ? wanted : sms;
   for (int block = 0; block < grid; ++block) {
-    hopper::machine::run_block(block, grid, BottleneckBlock<type>::kThreads, seed, [&] {
-      BottleneckBlock<type>(a, maps[0], maps[1], maps[2], maps[3], maps[4]).run();
-    });
+    hopper::machine::run_block(block, grid, BottleneckBlock<type>::kThreads, seed,
+                               [&] { BottleneckBlock<type>(a, maps[0], maps[1], maps[2], maps[3], maps[4]).run(); });
   }
 }
 
@@ -66,7 +65,8 @@ extern "C" {
 
 // Runs the kernel as launch_conv3x3_sm90 would; block_n 0: its choice. 0, or 1 with the reason in `error` [256].
 int conv3x3(const int* shape, int bfloat16, int epilogue, int block_n, void* x, void* w, const float* bn, void* side,
-            void* out, float* partials, int partial_rows, int relu, int sms, int seed, char* error) {
+            const uint8_t* mask, void* out, float* partials, int partial_rows, int relu, int sms, int seed,
+            char* error) {
   return guarded(error, [&] {
     const Conv3x3Shape s = shape_of(shape);
     const auto kind = static_cast<Epilogue>(epilogue);
@@ -75,7 +75,7 @@ int conv3x3(const int* shape, int bfloat16, int epilogue, int block_n, void* x, 
     const auto bytes = [](void* p) { return static_cast<uint8_t*>(p); };
     const hopper::TensorMap maps[4] = {
         {specs.x, bytes(x)}, {specs.w, bytes(w)}, {specs.out, bytes(out)}, {specs.out, bytes(side)}};
-    const Conv3x3Arguments a{s, partial_rows, bn, partials, side != nullptr, relu != 0};
+    const Conv3x3Arguments a{s, partial_rows, bn, partials, side != nullptr, mask, relu != 0};
     bfloat16 ? run_conv3x3<DataType::kBFloat16>(a, kind, n, maps, sms, seed)
              : run_conv3x3<DataType::kFloat16>(a, kind, n, maps, sms, seed);
   });

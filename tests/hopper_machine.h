@@ -87,8 +87,8 @@ struct Thread {
   bool done = false;
   std::function<bool()> ready;  // empty: can run
   std::vector<Product> products;
-  int product_groups = 0;  // committed
-  int store_groups = 0;    // committed
+  int product_groups = 0;           // committed
+  int store_groups = 0;             // committed
   std::vector<int> running_stores;  // groups
   std::vector<uint32_t> unfenced;   // words of shared memory
   const void* posted = nullptr;     // to the other lanes
@@ -287,8 +287,8 @@ inline void copy_row(const TensorMap& map, uint32_t shared, bool store, int64_t 
   for (uint32_t i = 0; i < kRowValues; ++i) {
     const uint32_t address = physical(shared + 2 * i);
     const bool valid = inside(c + i, extent[0]) && inside(w, extent[1]) && inside(h, extent[2]) && inside(n, extent[3]);
-    uint16_t* value = reinterpret_cast<uint16_t*>(map.data) +
-                      (valid ? ((n * extent[2] + h) * extent[1] + w) * extent[0] + c + i : 0);
+    uint16_t* value =
+        reinterpret_cast<uint16_t*>(map.data) + (valid ? ((n * extent[2] + h) * extent[1] + w) * extent[0] + c + i : 0);
     if (store) {
       const uint16_t read = asynchronous_read(address);
       if (valid) *value = read;

@@ -14,10 +14,10 @@
 
 namespace fused_resnet::hopper {
 
-constexpr uint32_t kRowValues = 64;      // values of 16 bits in a row of a tile
-constexpr uint32_t kRowBytes = 128;      // bytes of a row
-constexpr uint32_t kTileAlignment = 1024;  // bytes: eight rows, the period of the swizzle
-constexpr uint32_t kStepValues = 16;     // depth of one wgmma at 16 bit
+constexpr uint32_t kRowValues = 64;            // values of 16 bits in a row of a tile
+constexpr uint32_t kRowBytes = 128;            // bytes of a row
+constexpr uint32_t kTileAlignment = 1024;      // bytes: eight rows, the period of the swizzle
+constexpr uint32_t kStepValues = 16;           // depth of one wgmma at 16 bit
 constexpr uint32_t kSharedLimit = 227 * 1024;  // bytes that a block can have
 
 FUSED_RESNET_HD constexpr uint32_t align_up(uint32_t bytes, uint32_t to) { return (bytes + to - 1) / to * to; }

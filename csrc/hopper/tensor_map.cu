@@ -65,6 +65,9 @@ TensorMap encode_new(const TensorMapSpec& spec, void* address) {
 }  // namespace
 
 TensorMap encode(const TensorMapSpec& spec, const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+    throw std::runtime_error("tensor map: the address is no multiple of 16 bytes");
+  }
   if (const char* reason = fault(spec)) throw std::runtime_error(std::string("tensor map: ") + reason);
   std::string key;
   const auto append = [&key](const auto& value) { key.append(reinterpret_cast<const char*>(&value), sizeof(value)); };
