@@ -118,6 +118,23 @@ void bn_finalize(Tensor partials, std::optional<Tensor> gamma, std::optional<Ten
   check_launch("bn_finalize");
 }
 
+void bn_frozen(Tensor running_mean, Tensor running_var, std::optional<Tensor> gamma, std::optional<Tensor> beta,
+               double eps, Tensor bn) {
+  STD_TORCH_CHECK(running_mean.dim() == 1, "running_mean: expected [C], got ", shape_of(running_mean));
+  const int64_t channels = running_mean.size(0);
+  check_vector("running_mean", running_mean, ScalarType::Float, {channels}, running_mean);
+  check_vector("running_var", running_var, ScalarType::Float, {channels}, running_mean);
+  if (gamma.has_value()) check_vector("gamma", *gamma, ScalarType::Float, {channels}, running_mean);
+  if (beta.has_value()) check_vector("beta", *beta, ScalarType::Float, {channels}, running_mean);
+  check_vector("bn", bn, ScalarType::Float, {5, channels}, running_mean);
+  const torch::stable::accelerator::DeviceGuard guard(running_mean.get_device_index());
+  fused_resnet::launch_bn_frozen(
+      {static_cast<float*>(running_mean.data_ptr()), static_cast<float*>(running_var.data_ptr()), data<float>(gamma),
+       data<float>(beta), static_cast<float*>(bn.data_ptr()), channels, eps},
+      stream_of(running_mean));
+  check_launch("bn_frozen");
+}
+
 void bn_join(Tensor c, Tensor bn, Tensor shortcut, std::optional<Tensor> bn_shortcut, Tensor out, Tensor mask) {
   check_rows("c", c, c);
   const int64_t channels = c.size(1);
@@ -270,6 +287,9 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
   m.def(
       "bn_finalize(Tensor partials, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, float momentum, float eps, Tensor(d!) bn) -> ()");
+  m.def(
+      "bn_frozen(Tensor running_mean, Tensor running_var, Tensor? gamma, Tensor? beta, float eps, Tensor(a!) bn) "
+      "-> ()");
   m.def("bn_join(Tensor c, Tensor bn, Tensor shortcut, Tensor? bn_shortcut, Tensor(a!) out, Tensor(b!) mask) -> ()");
   m.def("conv3x3_stats_sm90(Tensor x, Tensor w, int stride, Tensor(a!) out, Tensor(b!) partials) -> ()");
   m.def(
@@ -285,6 +305,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CompositeExplicitAutograd, m) {
   m.impl("bn_finalize", TORCH_BOX(&bn_finalize));
+  m.impl("bn_frozen", TORCH_BOX(&bn_frozen));
   m.impl("bn_join", TORCH_BOX(&bn_join));
   m.impl("conv3x3_stats_sm90", TORCH_BOX(&conv3x3_stats_sm90));
   m.impl("conv3x3_affine_sm90", TORCH_BOX(&conv3x3_affine_sm90));

@@ -12,6 +12,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -89,11 +90,10 @@ struct Thread {
   std::vector<Product> products;
   int product_groups = 0;           // committed
   int store_groups = 0;             // committed
+  int stores_read = 0;              // groups of which the thread knows that they have read shared memory
   std::vector<int> running_stores;  // groups
   std::vector<uint32_t> unfenced;   // words of shared memory
   const void* posted = nullptr;     // to the other lanes
-  uint32_t warp_meetings = 0, warp_arrived = 0;
-  std::map<uint32_t, uint32_t> meetings;
 };
 
 struct Meeting {
@@ -132,6 +132,7 @@ inline void wait_until(std::function<bool()> ready) {
 inline void fiber() {
   try {
     entry();
+    require(self().stores_read == self().store_groups, "a thread ends without waiting for its stores");
   } catch (const std::exception& error) {
     block->error = std::string(error.what()) + " (thread " + std::to_string(block->current) + ")";
   }
@@ -298,6 +299,18 @@ inline void copy_row(const TensorMap& map, uint32_t shared, bool store, int64_t 
   }
 }
 
+// The positions of an im2col load, in order: along width, then height, then images, in steps within the box.
+template <typename Visit>
+void walk(const TensorMapSpec& spec, int w, int h, int n, Visit visit) {
+  const int step = static_cast<int>(spec.step);
+  for (uint32_t pixel = 0; pixel < spec.pixels; ++pixel) {
+    visit(pixel, w, h, n);
+    w += step;
+    if (w > static_cast<int>(spec.extent[1]) - 1 + spec.upper) w = spec.lower, h += step;
+    if (h > static_cast<int>(spec.extent[2]) - 1 + spec.upper) h = spec.lower, ++n;
+  }
+}
+
 inline void check_map(const TensorMap& map, uint32_t shared, bool im2col) {
   require(fault(map.spec) == nullptr, "tensor map breaks a limit");
   require(map.spec.im2col == im2col, "tensor map of the other kind");
@@ -448,15 +461,11 @@ inline void load_convolution(uint32_t to, const TensorMap& map, uint32_t barrier
     return at >= s.lower && at <= static_cast<int>(extent) - 1 + s.upper;
   };
   machine::require(start_inside(w, s.extent[1]) && start_inside(h, s.extent[2]), "im2col: start outside of the box");
-  machine::block->copies.push_back([=, map = &map]() mutable {
-    const auto& spec = map->spec;
-    for (uint32_t pixel = 0; pixel < spec.pixels; ++pixel) {
+  machine::block->copies.push_back([=, map = &map] {
+    machine::walk(map->spec, w, h, n, [&](uint32_t pixel, int w, int h, int n) {
       machine::copy_row(*map, to + 128 * pixel, false, c, int64_t{w} + tap_w, int64_t{h} + tap_h, n);
-      w += spec.step;
-      if (w > static_cast<int>(spec.extent[1]) - 1 + spec.upper) w = spec.lower, h += spec.step;
-      if (h > static_cast<int>(spec.extent[2]) - 1 + spec.upper) h = spec.lower, ++n;
-    }
-    machine::complete(barrier, int64_t{128} * spec.pixels);
+    });
+    machine::complete(barrier, int64_t{128} * map->spec.pixels);
   });
 }
 inline void store_matrix(const TensorMap& map, uint32_t from, int column, int row) {
@@ -477,6 +486,7 @@ inline void store_wait_read() {
     }
     return true;
   });
+  t->stores_read = std::max(t->stores_read, t->store_groups - kPending);
 }
 inline void fence_async_proxy() {
   machine::Thread& t = machine::self();

@@ -51,6 +51,14 @@ def launch_bn_finalize(partials, gamma, beta, running, momentum, eps, plan):
     return bn
 
 
+def launch_bn_frozen(running_mean, running_var, gamma, beta, eps, plan):
+    """bn [5, C] from running statistics [C], which any dtype may hold; its last row is 0."""
+    mean = running_mean.float()
+    bn = torch.empty((5, mean.shape[0]), dtype=torch.float32, device=mean.device)
+    _library().bn_frozen(mean, running_var.float(), _float(gamma), _float(beta), eps, bn)
+    return bn
+
+
 def launch_bn_join(main, shortcut, plan):
     """(out, mask): out = relu(c * scale + shift + s), s the shortcut or its affine; mask = bits of out > 0."""
     out, mask = empty_rows(*main.c.shape, like=main.c), empty_mask(main.c)
@@ -58,7 +66,7 @@ def launch_bn_join(main, shortcut, plan):
     return out, mask
 
 
-# Kernels for sm90. Each convolution has padding 1, dilation 1 and one group; channels are multiples of 64, dtypes 16-bit
+# Kernels for sm90: 16-bit data, channels in multiples of 64, convolutions of padding 1, dilation 1 and one group
 
 
 def _require_geometry(geometry, strides: tuple[int, ...]) -> int:

@@ -65,6 +65,7 @@ class CudaKernel(NamedTuple):
 
 CUDA_LAUNCHES = {
     "bn_finalize": CudaKernel("launch_bn_finalize", _bn_unsupported),
+    "bn_frozen": CudaKernel("launch_bn_frozen", _bn_unsupported),
     "bn_join": CudaKernel("launch_bn_join", _bn_unsupported),
     "conv_stats": CudaKernel("launch_conv3x3_stats", _conv3x3_unsupported),
     "conv_affine": CudaKernel("launch_conv3x3_affine", _conv3x3_unsupported),
