@@ -20,6 +20,7 @@ SOURCES = (
     "csrc/bn.cu",
     "csrc/bottleneck_sm90.cu",
     "csrc/conv3x3_sm90.cu",
+    "csrc/conv3x3_wgrad_sm90.cu",
     "csrc/hopper/tensor_map.cu",
 )
 ARCHS = "80;90a;100"

@@ -16,6 +16,7 @@
 #include "bn.h"
 #include "bottleneck_sm90.h"
 #include "conv3x3_sm90.h"
+#include "conv3x3_wgrad_sm90.h"
 
 namespace {
 
@@ -171,7 +172,7 @@ DataType check_sm90(const char* name, const Tensor& x) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index());
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.get_device_index());
   STD_TORCH_CHECK(major == 9 && minor == 0, name, ": on an sm_", major, minor, " device, the kernel needs sm_90");
-  STD_TORCH_CHECK(x.size(0) * x.size(2) * x.size(3) < (int64_t{1} << 31), name, ": pixel indices are 32-bit");
+  STD_TORCH_CHECK(x.size(0) * x.size(2) * x.size(3) < (int64_t{1} << 31) - 256, name, ": pixel indices are 32-bit");
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16, name,
                   ": expected float16 or bfloat16, got another dtype");
@@ -184,6 +185,15 @@ void check_weight(const char* name, const Tensor& w, std::initializer_list<int64
   STD_TORCH_CHECK(w.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
 }
 
+void check_channels(const char* name, int64_t channels) {
+  STD_TORCH_CHECK(channels > 0 && channels % 64 == 0, name, ": expected a multiple of 64 channels, got ", channels);
+}
+
+fused_resnet::Conv3x3Shape conv3x3_shape(const Tensor& x, int64_t filters, int64_t stride) {
+  const auto size = [&x](int i) { return static_cast<int>(x.size(i)); };
+  return {size(0), size(2), size(3), size(1), static_cast<int>(filters), static_cast<int>(stride)};
+}
+
 // Checks x [N, C, H, W], w [K, 3, 3, C] and out [N, K, P, Q]; what the three kinds of launches have in common.
 fused_resnet::Conv3x3Launch conv3x3(const Tensor& x, const Tensor& w, int64_t stride, const Tensor& out) {
   const DataType dtype = check_sm90("x", x);
@@ -191,12 +201,11 @@ fused_resnet::Conv3x3Launch conv3x3(const Tensor& x, const Tensor& w, int64_t st
   STD_TORCH_CHECK(w.dim() == 4, "w: expected [K, 3, 3, C], got ", shape_of(w));
   const int64_t channels = x.size(1), filters = w.size(0);
   check_weight("w", w, {filters, 3, 3, channels}, x);
-  STD_TORCH_CHECK(channels > 0 && channels % 64 == 0, "x: expected a multiple of 64 channels, got ", channels);
-  STD_TORCH_CHECK(filters > 0 && filters % 64 == 0, "w: expected a multiple of 64 filters, got ", filters);
+  check_channels("x", channels);
+  check_channels("out", filters);
   check_rows("out", out, {x.size(0), filters, (x.size(2) - 1) / stride + 1, (x.size(3) - 1) / stride + 1}, x);
-  const auto size = [&x](int i) { return static_cast<int>(x.size(i)); };
   fused_resnet::Conv3x3Launch launch{};
-  launch.shape = {size(0), size(2), size(3), size(1), static_cast<int>(filters), static_cast<int>(stride)};
+  launch.shape = conv3x3_shape(x, filters, stride);
   launch.dtype = dtype;
   launch.x = x.data_ptr();
   launch.w = w.data_ptr();
@@ -253,6 +262,27 @@ void conv3x3_relu_grad_sm90(Tensor g, Tensor w, Tensor relu_c, Tensor relu_bn, T
   run_conv3x3("conv3x3_relu_grad_sm90", launch, g);
 }
 
+void conv3x3_wgrad_sm90(Tensor x, Tensor g, int64_t stride, Tensor parts, Tensor dw) {
+  const DataType dtype = check_sm90("x", x);
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
+  STD_TORCH_CHECK(g.dim() == 4, "g: expected [N, K, P, Q], got ", shape_of(g));
+  const int64_t channels = x.size(1), filters = g.size(1);
+  check_rows("g", g, {x.size(0), filters, (x.size(2) - 1) / stride + 1, (x.size(3) - 1) / stride + 1}, x);
+  check_channels("x", channels);
+  check_channels("g", filters);
+  check_vector("dw", dw, ScalarType::Float, {filters, 3, 3, channels}, x);
+  const int64_t step = fused_resnet::wgrad_parts_per_chunk(static_cast<int>(filters));
+  STD_TORCH_CHECK(parts.dim() == 5 && parts.size(0) > 0 && parts.size(0) % step == 0,
+                  "parts: expected [T, K, 3, 3, C] with T a multiple of ", step, ", got ", shape_of(parts));
+  check_vector("parts", parts, ScalarType::Float, {parts.size(0), filters, 3, 3, channels}, x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  fused_resnet::launch_conv3x3_wgrad_sm90(
+      {conv3x3_shape(x, filters, stride), dtype, x.data_ptr(), g.data_ptr(), static_cast<float*>(parts.data_ptr()),
+       static_cast<float*>(dw.data_ptr()), static_cast<int>(parts.size(0))},
+      stream_of(x));
+  check_launch("conv3x3_wgrad_sm90");
+}
+
 void bottleneck_affine_sm90(Tensor x, Tensor w1, Tensor bn1, Tensor w2, Tensor bn2, Tensor w3, Tensor bn3, Tensor out) {
   constexpr int64_t kWidth = fused_resnet::kWidth, kWide = fused_resnet::kWide;
   const DataType dtype = check_sm90("x", x);
@@ -298,6 +328,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
   m.def(
       "conv3x3_relu_grad_sm90(Tensor g, Tensor w, Tensor relu_c, Tensor relu_bn, Tensor(a!) dx, Tensor(b!) sums) "
       "-> ()");
+  m.def("conv3x3_wgrad_sm90(Tensor x, Tensor g, int stride, Tensor(a!) parts, Tensor(b!) dw) -> ()");
   m.def(
       "bottleneck_affine_sm90(Tensor x, Tensor w1, Tensor bn1, Tensor w2, Tensor bn2, Tensor w3, Tensor bn3, "
       "Tensor(a!) out) -> ()");
@@ -310,5 +341,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CompositeExplicitAutograd, m) {
   m.impl("conv3x3_stats_sm90", TORCH_BOX(&conv3x3_stats_sm90));
   m.impl("conv3x3_affine_sm90", TORCH_BOX(&conv3x3_affine_sm90));
   m.impl("conv3x3_relu_grad_sm90", TORCH_BOX(&conv3x3_relu_grad_sm90));
+  m.impl("conv3x3_wgrad_sm90", TORCH_BOX(&conv3x3_wgrad_sm90));
   m.impl("bottleneck_affine_sm90", TORCH_BOX(&bottleneck_affine_sm90));
 }

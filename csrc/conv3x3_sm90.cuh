@@ -80,7 +80,7 @@ struct Conv3x3Block {
     for (int item = hopper::block_index(); item < work.items(); item += hopper::grid_size()) {
       const int row = item / work.columns, column = item % work.columns * kBlockN;
       for (int tile = work.first_tile(row); tile < work.first_tile(row + 1); ++tile) {
-        const TileStart start = tile_start(a.shape, tile);
+        const LoadStart start = load_start(a.shape, tile * kBlockM);
         for (int tap = 0; tap < 9; ++tap) {
           for (int c = 0; c < a.shape.channels; c += hopper::kRowValues) {
             hopper::barrier_wait(empty(at.stage), at.phase ^ 1);

@@ -37,18 +37,18 @@ struct Conv3x3Work {
 
 // `partial_rows`: rows of the table of partial sums, 0 without one; rows that get no tile are zero.
 FUSED_RESNET_HD Conv3x3Work conv3x3_work(const Conv3x3Shape& shape, int block_n, int partial_rows) {
-  const int tiles = (shape.pixels() + kBlockM - 1) / kBlockM;
+  const int tiles = (shape.pixels() - 1) / kBlockM + 1;
   const int rows = partial_rows > 0 && partial_rows < tiles ? partial_rows : tiles;
   return {tiles, rows, shape.filters / block_n};
 }
 
-// The first output pixel of a tile as the start of an im2col load: image, and position of tap (0, 0).
-struct TileStart {
+// An output pixel as the start of an im2col load: image, and position of tap (0, 0).
+struct LoadStart {
   int image, h, w;
 };
 
-FUSED_RESNET_HD TileStart tile_start(const Conv3x3Shape& shape, int tile) {
-  const int pixel = tile * kBlockM, out_w = shape.out_width(), row = pixel / out_w;
+FUSED_RESNET_HD LoadStart load_start(const Conv3x3Shape& shape, int pixel) {
+  const int out_w = shape.out_width(), row = pixel / out_w;
   return {row / shape.out_height(), row % shape.out_height() * shape.stride - 1, pixel % out_w * shape.stride - 1};
 }
 

@@ -5,6 +5,7 @@
 // The kernels need the machine above.
 #include "bottleneck_sm90.cuh"
 #include "conv3x3_sm90.cuh"
+#include "conv3x3_wgrad_sm90.cuh"
 
 namespace {
 
@@ -57,6 +58,23 @@ void run_bottleneck(const BottleneckArguments& a, const hopper::TensorMap (&maps
   }
 }
 
+template <DataType type, int kFilters>
+void run_wgrad(const WgradArguments& a, const hopper::TensorMap (&maps)[2], int seed) {
+  using Block = WgradBlock<type, kFilters>;
+  const int items = wgrad_work(a.shape, a.parts).items();
+  for (int block = 0; block < items; ++block) {
+    hopper::machine::run_block(block, items, Block::kThreads, seed, [&] { Block(a, maps[0], maps[1]).run(); });
+  }
+}
+
+template <DataType type>
+void run_wgrad(const WgradArguments& a, const hopper::TensorMap (&maps)[2], int seed) {
+  const int filters = wgrad_filters(a.shape.filters);
+  return filters == 256   ? run_wgrad<type, 256>(a, maps, seed)
+         : filters == 128 ? run_wgrad<type, 128>(a, maps, seed)
+                          : run_wgrad<type, 64>(a, maps, seed);
+}
+
 Conv3x3Shape shape_of(const int* s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
 
 }  // namespace
@@ -88,7 +106,7 @@ void conv3x3_work(const int* shape, int epilogue, int side, int partial_rows, in
 // The position that an im2col load gives to each output pixel of a tile at tap (0, 0): out [128, 3] = image, h, w.
 void conv3x3_positions(const int* shape, int tile, int* out) {
   const Conv3x3Shape s = shape_of(shape);
-  const TileStart start = tile_start(s, tile);
+  const LoadStart start = load_start(s, tile * kBlockM);
   hopper::machine::walk(
       conv3x3_maps(s, true, 64).x, start.w, start.h, start.image,
       [&](uint32_t pixel, int w, int h, int n) { out[3 * pixel] = n, out[3 * pixel + 1] = h, out[3 * pixel + 2] = w; });
@@ -158,6 +176,17 @@ int conv3x3(const int* shape, int bfloat16, int epilogue, int block_n, void* x, 
     const Conv3x3Arguments a{s, partial_rows, bn, partials, side != nullptr, mask, relu != 0};
     bfloat16 ? run_conv3x3<DataType::kBFloat16>(a, kind, n, maps, sms, seed)
              : run_conv3x3<DataType::kFloat16>(a, kind, n, maps, sms, seed);
+  });
+}
+
+// Runs the kernel as launch_conv3x3_wgrad_sm90 would, without the sum over its parts.
+int conv3x3_wgrad(const int* shape, int bfloat16, void* x, void* g, float* dw, int parts, int seed, char* error) {
+  return guarded(error, [&] {
+    const Conv3x3Shape s = shape_of(shape);
+    const WgradMaps specs = wgrad_maps(s, bfloat16);
+    const hopper::TensorMap maps[2] = {{specs.x, static_cast<uint8_t*>(x)}, {specs.g, static_cast<uint8_t*>(g)}};
+    const WgradArguments a{s, parts, dw};
+    bfloat16 ? run_wgrad<DataType::kBFloat16>(a, maps, seed) : run_wgrad<DataType::kFloat16>(a, maps, seed);
   });
 }
 

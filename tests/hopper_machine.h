@@ -1,8 +1,9 @@
 // A block of a Hopper GPU on the CPU: the functions of csrc/hopper/ptx.cuh, so that the kernels' own source runs here.
 //
 // Every GPU thread is a fiber. Threads run in random order, switching where they wait. What is asynchronous on the GPU
-// happens late here: a TMA copy at a random later moment, a wgmma only when its thread waits for it, and both then read
-// what shared memory and registers hold at that time. So a kernel that reuses a buffer or a register too early, reads a
+// happens at another time here: a wgmma only when its thread waits for it, a TMA copy at a random later moment; with an
+// odd seed loads at once and stores when nothing else can go on. They then read what shared memory and registers hold
+// at that time. So a kernel that reuses a buffer or a register too early, reads a
 // tile before its barrier, or waits for a phase that never ends, gives a wrong result or an error. Shared memory starts
 // as NaN. Reported as errors: deadlocks, ordinary writes that TMA or wgmma reads without a proxy fence, descriptors and
 // copies whose alignment or fields the hardware would not take, and blocks that end under a running store.
@@ -77,6 +78,7 @@ struct Product {  // a wgmma that has been issued
   int columns;
   uint64_t desc_a;
   const uint32_t* fragment;  // or null
+  bool transposed;
   uint64_t desc_b;
   bool bfloat16;
   int group;
@@ -108,6 +110,7 @@ struct Block {
   std::map<uint32_t, Barrier> barriers;
   std::map<uint32_t, Meeting> meetings;
   std::vector<std::function<void()>> copies;  // that run
+  bool extreme;                               // loads at once, stores last
   std::mt19937 random;
   ucontext_t scheduler;
   uint32_t current = 0;
@@ -140,6 +143,11 @@ inline void fiber() {
   swapcontext(&self().context, &block->scheduler);
 }
 
+inline void start_copy(bool load, std::function<void()> copy) {
+  if (load && block->extreme) return copy();
+  block->copies.push_back(std::move(copy));
+}
+
 inline void run_copy() {
   const size_t i = block->random() % block->copies.size();
   const auto copy = std::move(block->copies[i]);
@@ -152,6 +160,7 @@ inline void run_block(uint32_t index, uint32_t grid, uint32_t threads, uint32_t 
   Block b;
   b.index = index, b.grid = grid, b.threads_count = threads;
   b.random.seed(seed * 7919 + index);
+  b.extreme = seed % 2 == 1;
   b.shared.resize(kSharedLimit);
   for (size_t i = 0; i < b.shared.size(); i += 2) b.shared[i] = 0xc1, b.shared[i + 1] = 0x7f;
   b.writer.resize(kSharedLimit / 4);
@@ -183,10 +192,10 @@ inline void run_block(uint32_t index, uint32_t grid, uint32_t threads, uint32_t 
       b.current = thread;
       swapcontext(&b.scheduler, &t.context);
       if (!b.error.empty()) throw std::runtime_error(b.error);
-      if (!b.copies.empty() && b.random() % 64 == 0) run_copy();
+      if (!b.copies.empty() && !b.extreme && b.random() % 64 == 0) run_copy();
     }
     if (!running) break;
-    if (!b.copies.empty() && (!progress || b.random() % 4 == 0)) {
+    if (!b.copies.empty() && (!progress || (!b.extreme && b.random() % 4 == 0))) {
       run_copy();
     } else {
       require(progress, "deadlock: every thread waits");
@@ -243,11 +252,16 @@ inline void complete(uint32_t barrier, int64_t bytes) {
 
 inline uint32_t physical(uint32_t address) { return address ^ ((address >> 3) & 0x70); }
 
-// Row r and depth k of an operand of wgmma.
-inline float operand(uint64_t descriptor, uint32_t row, uint32_t k, bool bfloat16) {
+// Row r and depth k of an operand of wgmma; transposed: column r of rows of the depth.
+inline float operand(uint64_t descriptor, uint32_t row, uint32_t k, bool bfloat16, bool transposed) {
   require(descriptor >> 62 == 1, "descriptor: not the 128-byte swizzle");
   require((descriptor >> 49 & 7) == 0 && (descriptor & 0xc000) == 0, "descriptor: base offset or stray bits");
   const uint32_t start = (descriptor & 0x3fff) << 4, group = (descriptor >> 32 & 0x3fff) << 4;
+  if (transposed) {
+    const uint32_t beside = (descriptor >> 16 & 0x3fff) << 4;
+    const uint32_t offset = row / 64 * beside + k / 8 * group + k % 8 * 128 + row % 64 * 2;
+    return to_float(asynchronous_read(physical(start + offset)), bfloat16);
+  }
   return to_float(asynchronous_read(physical(start + row / 8 * group + row % 8 * 128 + k * 2)), bfloat16);
 }
 
@@ -256,7 +270,7 @@ inline void multiply(const Product& p, uint32_t thread, int index) {
   for (uint32_t half = 0; half < 2; ++half) {
     for (uint32_t k = 0; k < 16; ++k) {
       if (p.fragment == nullptr) {
-        a[half][k] = operand(p.desc_a, accumulator_row(thread, 2 * half), k, p.bfloat16);
+        a[half][k] = operand(p.desc_a, accumulator_row(thread, 2 * half), k, p.bfloat16, p.transposed);
       } else {
         const Thread& owner = block->threads[thread / 4 * 4 + k % 8 / 2];
         const uint32_t word = owner.products[index].fragment[k / 8 * 2 + half];
@@ -267,7 +281,8 @@ inline void multiply(const Product& p, uint32_t thread, int index) {
   for (int i = 0; i < p.columns / 2; ++i) {
     if (i % 4 >= 2) continue;
     float b[16];
-    for (uint32_t k = 0; k < 16; ++k) b[k] = operand(p.desc_b, accumulator_column(thread, i), k, p.bfloat16);
+    for (uint32_t k = 0; k < 16; ++k)
+      b[k] = operand(p.desc_b, accumulator_column(thread, i), k, p.bfloat16, p.transposed);
     for (uint32_t half = 0; half < 2; ++half) {
       for (uint32_t k = 0; k < 16; ++k) p.d[i + 2 * half] += a[half][k] * b[k];
     }
@@ -332,7 +347,7 @@ inline void tiled(const TensorMap& map, uint32_t shared, bool store, int c, int 
 inline void load_tiled(uint32_t to, const TensorMap& map, uint32_t barrier, int c, int w, int h, int n) {
   check_map(map, to, false);
   const auto& box = map.spec.box;
-  block->copies.push_back([=, map = &map] {
+  start_copy(true, [=, map = &map] {
     tiled(*map, to, false, c, w, h, n);
     complete(barrier, int64_t{128} * box[1] * box[2] * box[3]);
   });
@@ -343,7 +358,7 @@ inline void store_tiled(const TensorMap& map, uint32_t from, int c, int w, int h
   const uint32_t thread = block->current;
   const int group = self().store_groups;
   self().running_stores.push_back(group);
-  block->copies.push_back([=, map = &map] {
+  start_copy(false, [=, map = &map] {
     tiled(*map, from, true, c, w, h, n);
     copy_done(thread, group);
   });
@@ -461,7 +476,7 @@ inline void load_convolution(uint32_t to, const TensorMap& map, uint32_t barrier
     return at >= s.lower && at <= static_cast<int>(extent) - 1 + s.upper;
   };
   machine::require(start_inside(w, s.extent[1]) && start_inside(h, s.extent[2]), "im2col: start outside of the box");
-  machine::block->copies.push_back([=, map = &map] {
+  machine::start_copy(true, [=, map = &map] {
     machine::walk(map->spec, w, h, n, [&](uint32_t pixel, int w, int h, int n) {
       machine::copy_row(*map, to + 128 * pixel, false, c, int64_t{w} + tap_w, int64_t{h} + tap_h, n);
     });
@@ -517,12 +532,17 @@ inline void hold(float (&)[kValues]) {}
 template <DataType type, int kValues>
 inline void wgmma(float (&d)[kValues], uint64_t a, uint64_t b) {
   machine::Thread& t = machine::self();
-  t.products.push_back({d, 2 * kValues, a, nullptr, b, type == DataType::kBFloat16, t.product_groups});
+  t.products.push_back({d, 2 * kValues, a, nullptr, false, b, type == DataType::kBFloat16, t.product_groups});
+}
+template <DataType type>
+inline void wgmma_transposed(float (&d)[96], uint64_t a, uint64_t b) {
+  machine::Thread& t = machine::self();
+  t.products.push_back({d, 192, a, nullptr, true, b, type == DataType::kBFloat16, t.product_groups});
 }
 template <DataType type>
 inline void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
   machine::Thread& t = machine::self();
-  t.products.push_back({d, 64, 0, a, b, type == DataType::kBFloat16, t.product_groups});
+  t.products.push_back({d, 64, 0, a, false, b, type == DataType::kBFloat16, t.product_groups});
 }
 
 }  // namespace fused_resnet::hopper

@@ -227,6 +227,13 @@ class _EmulatedLibrary:
     def conv3x3_relu_grad_sm90(self, g, w, relu_c, relu_bn, dx, sums):
         self._conv3x3(RELU_GRADIENT, g, w, 1, dx, relu_bn, relu_c, partials=sums)
 
+    def conv3x3_wgrad_sm90(self, x, g, stride, parts, dw):
+        n, c, h, w = x.shape
+        shape = _ints(n, h, w, c, g.shape[1], stride)
+        tensors = map(_pointer, (x, g, parts))
+        _call(self.machine.conv3x3_wgrad, shape, int(x.dtype == torch.bfloat16), *tensors, parts.shape[0], self.seed)
+        dw.copy_(parts.sum(0))
+
     def bottleneck_affine_sm90(self, x, w1, bn1, w2, bn2, w3, bn3, out):
         n, _, h, w = x.shape
         tensors = map(_pointer, (x, w1, w2, w3, bn1, bn2, bn3, out))
@@ -267,6 +274,7 @@ MAPS = [(1, 1, 1, 1), (2, 9, 11, 1), (3, 7, 7, 1), (2, 9, 11, 2), (1, 16, 16, 2)
 @pytest.mark.parametrize(("op", "epilogue"), [("conv_stats", "stats"), ("conv_affine", "affine+residual")])
 def test_convolution_on_the_emulated_machine(emulated, poison, n, h, w, stride, dtype, op, epilogue):
     """Against the reference in float64, borders on their own, with outputs that start as NaN."""
+    emulated(sms=1, seed=h)
     problem = _conv(op, n, h, w, 64, 128 if n == 2 else 64, stride, dtype, epilogue)
     testing.check_operator(problem, _launch(problem), torch.Generator().manual_seed(n + h), "cpu")
 
@@ -284,6 +292,7 @@ def test_wide_tiles_and_deep_channels(emulated, poison, block_n, seed):
 @pytest.mark.parametrize("epilogue", ["relu", "add", ""])
 @pytest.mark.parametrize(("n", "h", "w"), [(2, 9, 11), (3, 7, 7), (1, 1, 3)])
 def test_input_gradient_on_the_emulated_machine(emulated, poison, n, h, w, dtype, epilogue):
+    emulated(sms=1, seed=h)
     problem = _conv("conv_dgrad", n, h, w, 64, 128 if n == 2 else 64, 1, dtype, epilogue)
     run = _launch(problem)
     testing.check_operator(problem, run, torch.Generator().manual_seed(n), "cpu")
@@ -295,6 +304,22 @@ def test_input_gradient_on_the_emulated_machine(emulated, poison, n, h, w, dtype
         arguments = grad, weight, geometry, hw, None, masked, 1
         judge = reference.conv_dgrad(*testing.as_double(arguments))[0]
         testing.assert_within_budget(run(*arguments)[0], judge, reference.conv_dgrad(*arguments)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("filters", [64, 128, 256])
+@pytest.mark.parametrize(("n", "h", "w", "stride"), [(1, 1, 1, 1), (3, 7, 7, 1), (2, 9, 11, 2), (3, 15, 16, 1)])
+def test_weight_gradient_on_the_emulated_machine(emulated, poison, n, h, w, stride, filters, dtype):
+    """Operands with the depth as rows; chunks of several, one and no full stage; warpgroups that take turns."""
+    emulated(seed=n)
+    problem = _conv("conv_wgrad", n, h, w, 64, filters, stride, dtype, "")
+    testing.check_operator(problem, _launch(problem), torch.Generator().manual_seed(h), "cpu")
+
+
+def test_weight_gradient_of_more_channels(emulated):
+    """Blocks for each 64 channels, rows of taps, and filters beyond a block's."""
+    problem = _conv("conv_wgrad", 1, 5, 6, 128, 192, 1, torch.bfloat16, "")
+    testing.check_operator(problem, _launch(problem), torch.Generator().manual_seed(0), "cpu")
 
 
 @pytest.mark.parametrize("launch", ["stats", "relu"])

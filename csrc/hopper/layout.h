@@ -39,6 +39,14 @@ FUSED_RESNET_HD constexpr uint64_t matrix_descriptor(uint32_t address) {
          (static_cast<uint64_t>(8 * kRowBytes / 16) << 32) | (uint64_t{1} << 62);
 }
 
+// The same of an operand that lies row by row along its other dimension, with the depth as rows ("MN-major", the
+// transposed one): 64 values wide, or several tiles of 64 side by side, `tile_bytes` apart. The leading offset, bits
+// 16-29, is their distance / 16; deeper by 16 values is 16 rows further.
+FUSED_RESNET_HD constexpr uint64_t transposed_descriptor(uint32_t address, uint32_t tile_bytes) {
+  return (matrix_descriptor(address) & ~(uint64_t{0x3fff} << 16)) | (static_cast<uint64_t>(tile_bytes / 16) << 16);
+}
+constexpr uint64_t kTransposedStep = kStepValues * kRowBytes / 16;  // to be added to the descriptor
+
 // Row and column of accumulator i of a thread of the warpgroup, in the 64 x N result.
 FUSED_RESNET_HD constexpr uint32_t accumulator_row(uint32_t thread, uint32_t i) {
   return thread % 128 / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;

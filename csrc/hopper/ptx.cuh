@@ -192,52 +192,63 @@ FUSED_RESNET_DEVICE void hold(float (&d)[kValues]) {
   FUSED_RESNET_REGISTERS_32                                                          \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FUSED_RESNET_REGISTERS_96                                                    \
+  FUSED_RESNET_REGISTERS_64                                                          \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define FUSED_RESNET_REGISTERS_128                                                               \
-  FUSED_RESNET_REGISTERS_64                                                                      \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
-  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
+  FUSED_RESNET_REGISTERS_96                                                                      \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-
 #define FUSED_RESNET_D8(i)                                                                                    \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 #define FUSED_RESNET_D32(i) FUSED_RESNET_D8(i), FUSED_RESNET_D8(i + 8), FUSED_RESNET_D8(i + 16), FUSED_RESNET_D8(i + 24)
 #define FUSED_RESNET_D_32 FUSED_RESNET_D32(0)
 #define FUSED_RESNET_D_64 FUSED_RESNET_D_32, FUSED_RESNET_D32(32)
-#define FUSED_RESNET_D_128 FUSED_RESNET_D_64, FUSED_RESNET_D32(64), FUSED_RESNET_D32(96)
+#define FUSED_RESNET_D_96 FUSED_RESNET_D_64, FUSED_RESNET_D32(64)
+#define FUSED_RESNET_D_128 FUSED_RESNET_D_96, FUSED_RESNET_D32(96)
 
-// Both operands in shared memory, described by `matrix_descriptor`.
-#define FUSED_RESNET_WGMMA(type, n, values, desc_a, desc_b)                                                \
+// Both operands in shared memory: described by `matrix_descriptor` (transposed 0), or by `transposed_descriptor` (1).
+#define FUSED_RESNET_WGMMA(type, n, values, desc_a, desc_b, transposed)                                    \
   asm volatile(                                                                                            \
       "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                                           \
       "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" FUSED_RESNET_REGISTERS_##values \
-      "}, %" #desc_a ", %" #desc_b ", p, 1, 1, 0, 0;\n}\n"                                                 \
+      "}, %" #desc_a ", %" #desc_b ", p, 1, 1, " #transposed ", " #transposed ";\n}\n"                     \
       : FUSED_RESNET_D_##values                                                                            \
       : "l"(a), "l"(b))
 
 template <DataType type>
 FUSED_RESNET_DEVICE void wgmma(float (&d)[32], uint64_t a, uint64_t b) {
   if constexpr (type == DataType::kBFloat16) {
-    FUSED_RESNET_WGMMA("bf16", 64, 32, 32, 33);
+    FUSED_RESNET_WGMMA("bf16", 64, 32, 32, 33, 0);
   } else {
-    FUSED_RESNET_WGMMA("f16", 64, 32, 32, 33);
+    FUSED_RESNET_WGMMA("f16", 64, 32, 32, 33, 0);
   }
 }
 template <DataType type>
 FUSED_RESNET_DEVICE void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
   if constexpr (type == DataType::kBFloat16) {
-    FUSED_RESNET_WGMMA("bf16", 128, 64, 64, 65);
+    FUSED_RESNET_WGMMA("bf16", 128, 64, 64, 65, 0);
   } else {
-    FUSED_RESNET_WGMMA("f16", 128, 64, 64, 65);
+    FUSED_RESNET_WGMMA("f16", 128, 64, 64, 65, 0);
   }
 }
 template <DataType type>
 FUSED_RESNET_DEVICE void wgmma(float (&d)[128], uint64_t a, uint64_t b) {
   if constexpr (type == DataType::kBFloat16) {
-    FUSED_RESNET_WGMMA("bf16", 256, 128, 128, 129);
+    FUSED_RESNET_WGMMA("bf16", 256, 128, 128, 129, 0);
   } else {
-    FUSED_RESNET_WGMMA("f16", 256, 128, 128, 129);
+    FUSED_RESNET_WGMMA("f16", 256, 128, 128, 129, 0);
+  }
+}
+
+template <DataType type>
+FUSED_RESNET_DEVICE void wgmma_transposed(float (&d)[96], uint64_t a, uint64_t b) {
+  if constexpr (type == DataType::kBFloat16) {
+    FUSED_RESNET_WGMMA("bf16", 192, 96, 96, 97, 1);
+  } else {
+    FUSED_RESNET_WGMMA("f16", 192, 96, 96, 97, 1);
   }
 }
 
@@ -261,11 +272,13 @@ FUSED_RESNET_DEVICE void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t 
 
 #undef FUSED_RESNET_REGISTERS_32
 #undef FUSED_RESNET_REGISTERS_64
+#undef FUSED_RESNET_REGISTERS_96
 #undef FUSED_RESNET_REGISTERS_128
 #undef FUSED_RESNET_D8
 #undef FUSED_RESNET_D32
 #undef FUSED_RESNET_D_32
 #undef FUSED_RESNET_D_64
+#undef FUSED_RESNET_D_96
 #undef FUSED_RESNET_D_128
 #undef FUSED_RESNET_WGMMA
 #undef FUSED_RESNET_WGMMA_FRAGMENT

@@ -152,6 +152,39 @@ def launch_conv3x3_dgrad(grad, w, geometry, input_hw, relu_of, addend, addend_st
     return dx, sums
 
 
+def _wgrad_parts(k: int, c: int, pixels: int) -> int:
+    """Rows of partial results: blocks for about 132 SMs, of 512 pixels or more each, from the shape alone.
+
+    A block has a row of taps, 64 channels and 256, 128 or 64 filters; one of 64 leaves two rows.
+    """
+    block_filters = next(filters for filters in (256, 128, 64) if k % filters == 0)
+    blocks = 3 * (c // 64) * (k // block_filters)
+    chunks = max(1, min(132 // blocks, -(-pixels // 512)))
+    return chunks * (2 if block_filters == 64 else 1)
+
+
+def launch_conv3x3_wgrad(a, grad, w_shape, geometry, plan):
+    """dw = sum over pixels of g times the shifted a, [K, C, 3, 3] fp32 in channels_last memory.
+
+    a: Deferred(x [N, C, H, W], None); grad: Gradient with g [N, K, P, Q] alone, not deferred.
+    """
+    x, stride = _written(a), _require_geometry(geometry, (1, 2))
+    if grad.mask is not None or grad.coef is not None:
+        raise ValueError("the gradient must be written out (bn_backward_apply), not deferred")
+    k, c = w_shape[:2]
+    if tuple(w_shape[1:]) != (x.shape[1], 3, 3):
+        raise ValueError(f"w_shape is {tuple(w_shape)}; expected [K, {x.shape[1]}, 3, 3]")
+    g = require_rows("g", grad.g)
+    expected = x.shape[0], k, *(-(-extent // stride) for extent in x.shape[2:])
+    if tuple(g.shape) != expected or g.dtype != x.dtype:
+        raise ValueError(f"g is {tuple(g.shape)} {g.dtype}; expected {expected} {x.dtype}")
+    count = _wgrad_parts(k, c, g.shape[0] * g.shape[2] * g.shape[3])
+    dw = torch.empty((k, 3, 3, c), dtype=torch.float32, device=x.device)
+    parts = torch.empty((count, *dw.shape), dtype=torch.float32, device=x.device) if count > 1 else dw.unsqueeze(0)
+    _library().conv3x3_wgrad_sm90(require_rows("a", x), g, stride, parts, dw)
+    return dw.permute(0, 3, 1, 2)
+
+
 def launch_bottleneck_affine(x, w1, bn1, w2, bn2, w3, bn3, geometry, plan):
     """out = relu(bn3(a2 W3) + x) of an identity bottleneck, x [N, 256, H, W], in one kernel; `reference` has the rest.
 

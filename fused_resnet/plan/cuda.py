@@ -26,8 +26,8 @@ def _sm90_unsupported(problem: Problem, device: Device) -> str | None:
         return f"padding {problem.padding}, dilation {problem.dilation}: the kernel has (1, 1) of both"
     if problem.groups != 1:
         return f"{problem.groups} groups: the kernel convolves one"
-    if max(problem.n * problem.h * problem.w, problem.gemm_m) >= 2**31:
-        return "2**31 pixels or more: pixel indices are 32-bit"
+    if max(problem.n * problem.h * problem.w, problem.gemm_m) >= 2**31 - 256:
+        return "2**31 pixels or more, up to a tile: pixel indices are 32-bit"
     return None
 
 
@@ -70,6 +70,7 @@ CUDA_LAUNCHES = {
     "conv_stats": CudaKernel("launch_conv3x3_stats", _conv3x3_unsupported),
     "conv_affine": CudaKernel("launch_conv3x3_affine", _conv3x3_unsupported),
     "conv_dgrad": CudaKernel("launch_conv3x3_dgrad", _conv3x3_unsupported),
+    "conv_wgrad": CudaKernel("launch_conv3x3_wgrad", _conv3x3_unsupported),
     "bottleneck_affine": CudaKernel("launch_bottleneck_affine", _bottleneck_unsupported),
 }
 
