@@ -15,7 +15,14 @@ from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = ("csrc/bindings.cpp", "csrc/bn.cu")
+SOURCES = (
+    "csrc/bindings.cpp",
+    "csrc/bn.cu",
+    "csrc/bottleneck_sm90.cu",
+    "csrc/conv3x3_sm90.cu",
+    "csrc/conv3x3_wgrad_sm90.cu",
+    "csrc/hopper/tensor_map.cu",
+)
 ARCHS = "80;90a;100"
 
 

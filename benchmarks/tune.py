@@ -140,19 +140,22 @@ def measure_operator(problem: Problem, device: Device, timer: Callable[[Callable
     library_us = timer(lambda: getattr(reference, problem.op)(*arguments))
     best, rejected = (library_us, "library", None), []
     tile = None, float("inf")
-    for config in candidates(problem, device):
-        run = launcher(plan.triton_plan(problem, config, device, ""))
+    plans = [plan.triton_plan(problem, config, device, "") for config in candidates(problem, device)]
+    if plan.cuda_unsupported(problem, device) is None:
+        plans.append(plan.cuda_plan(problem, device, ""))
+    for chosen in plans:
+        run, config = launcher(chosen), chosen.config
         try:
             testing.check_operator(small, run, torch.Generator().manual_seed(1), "cuda")
             us = timer(lambda run=run: run(*arguments))
         except Exception as error:  # a tile that fails to compile, to launch or to be right is out, the others go on
-            rejected.append(f"{config}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            rejected.append(f"{config or chosen.backend}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
             torch.cuda.empty_cache()
             continue
-        if us < tile[1]:
+        if config is not None and us < tile[1]:
             tile = config, us
         if us < best[0]:
-            best = us, "triton", config
+            best = us, chosen.backend, config
     us, backend, _ = best
     return Measured(plan.table_entry(problem, backend, tile[0], us, library_us), rejected)
 

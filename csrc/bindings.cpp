@@ -8,15 +8,20 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <string>
 
 #include "bn.h"
+#include "bottleneck_sm90.h"
+#include "conv3x3_sm90.h"
+#include "conv3x3_wgrad_sm90.h"
 
 namespace {
 
 using fused_resnet::DataType;
+using fused_resnet::Epilogue;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -48,18 +53,25 @@ void check_vector(const char* name, const Tensor& t, ScalarType dtype, std::init
                   ", got another dtype");
 }
 
-// [N, C, H, W] in dense channels_last memory; the stride of an extent of 1 does not matter.
-void check_rows(const char* name, const Tensor& t, const Tensor& like) {
+// [N, C, H, W] = `shape` in dense channels_last memory, dtype and device of `like`; the stride of an extent of 1 does
+// not matter.
+void check_rows(const char* name, const Tensor& t, const std::array<int64_t, 4>& shape, const Tensor& like) {
   check_cuda(name, t, like);
   STD_TORCH_CHECK(t.dim() == 4, name, ": expected [N, C, H, W], got ", shape_of(t));
   const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
   const int64_t dense[4] = {h * w * c, 1, w * c, c};
   bool ok = true;
   for (int64_t i = 0; i < 4; ++i) {
-    ok = ok && (t.size(i) == 1 || t.numel() == 0 || t.stride(i) == dense[i]) && t.size(i) == like.size(i);
+    ok = ok && (t.size(i) == 1 || t.numel() == 0 || t.stride(i) == dense[i]) && t.size(i) == shape[i];
   }
-  STD_TORCH_CHECK(ok, name, ": expected ", shape_of(like), " in dense channels_last memory, got ", shape_of(t));
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of c");
+  STD_TORCH_CHECK(ok, name, ": expected [", shape[0], ", ", shape[1], ", ", shape[2], ", ", shape[3],
+                  "] in dense channels_last memory, got ", shape_of(t));
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of the first tensor");
+}
+
+void check_rows(const char* name, const Tensor& t, const Tensor& like) {
+  STD_TORCH_CHECK(like.dim() == 4, name, ": expected [N, C, H, W], got ", shape_of(like));
+  check_rows(name, t, {like.size(0), like.size(1), like.size(2), like.size(3)}, like);
 }
 
 cudaStream_t stream_of(const Tensor& t) {
@@ -107,6 +119,23 @@ void bn_finalize(Tensor partials, std::optional<Tensor> gamma, std::optional<Ten
   check_launch("bn_finalize");
 }
 
+void bn_frozen(Tensor running_mean, Tensor running_var, std::optional<Tensor> gamma, std::optional<Tensor> beta,
+               double eps, Tensor bn) {
+  STD_TORCH_CHECK(running_mean.dim() == 1, "running_mean: expected [C], got ", shape_of(running_mean));
+  const int64_t channels = running_mean.size(0);
+  check_vector("running_mean", running_mean, ScalarType::Float, {channels}, running_mean);
+  check_vector("running_var", running_var, ScalarType::Float, {channels}, running_mean);
+  if (gamma.has_value()) check_vector("gamma", *gamma, ScalarType::Float, {channels}, running_mean);
+  if (beta.has_value()) check_vector("beta", *beta, ScalarType::Float, {channels}, running_mean);
+  check_vector("bn", bn, ScalarType::Float, {5, channels}, running_mean);
+  const torch::stable::accelerator::DeviceGuard guard(running_mean.get_device_index());
+  fused_resnet::launch_bn_frozen(
+      {static_cast<float*>(running_mean.data_ptr()), static_cast<float*>(running_var.data_ptr()), data<float>(gamma),
+       data<float>(beta), static_cast<float*>(bn.data_ptr()), channels, eps},
+      stream_of(running_mean));
+  check_launch("bn_frozen");
+}
+
 void bn_join(Tensor c, Tensor bn, Tensor shortcut, std::optional<Tensor> bn_shortcut, Tensor out, Tensor mask) {
   check_rows("c", c, c);
   const int64_t channels = c.size(1);
@@ -136,16 +165,182 @@ void bn_join(Tensor c, Tensor bn, Tensor shortcut, std::optional<Tensor> bn_shor
   check_launch("bn_join");
 }
 
+// What every kernel written for sm_90a needs of its first tensor; its data type.
+DataType check_sm90(const char* name, const Tensor& x) {
+  check_rows(name, x, x);
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index());
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.get_device_index());
+  STD_TORCH_CHECK(major == 9 && minor == 0, name, ": on an sm_", major, minor, " device, the kernel needs sm_90");
+  STD_TORCH_CHECK(x.size(0) * x.size(2) * x.size(3) < (int64_t{1} << 31) - 256, name, ": pixel indices are 32-bit");
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16, name,
+                  ": expected float16 or bfloat16, got another dtype");
+  return type == ScalarType::Half ? DataType::kFloat16 : DataType::kBFloat16;
+}
+
+// A contiguous matrix or weight of the dtype of x.
+void check_weight(const char* name, const Tensor& w, std::initializer_list<int64_t> shape, const Tensor& x) {
+  check_vector(name, w, w.scalar_type(), shape, x);
+  STD_TORCH_CHECK(w.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
+}
+
+void check_channels(const char* name, int64_t channels) {
+  STD_TORCH_CHECK(channels > 0 && channels % 64 == 0, name, ": expected a multiple of 64 channels, got ", channels);
+}
+
+fused_resnet::Conv3x3Shape conv3x3_shape(const Tensor& x, int64_t filters, int64_t stride) {
+  const auto size = [&x](int i) { return static_cast<int>(x.size(i)); };
+  return {size(0), size(2), size(3), size(1), static_cast<int>(filters), static_cast<int>(stride)};
+}
+
+// Checks x [N, C, H, W], w [K, 3, 3, C] and out [N, K, P, Q]; what the three kinds of launches have in common.
+fused_resnet::Conv3x3Launch conv3x3(const Tensor& x, const Tensor& w, int64_t stride, const Tensor& out) {
+  const DataType dtype = check_sm90("x", x);
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
+  STD_TORCH_CHECK(w.dim() == 4, "w: expected [K, 3, 3, C], got ", shape_of(w));
+  const int64_t channels = x.size(1), filters = w.size(0);
+  check_weight("w", w, {filters, 3, 3, channels}, x);
+  check_channels("x", channels);
+  check_channels("out", filters);
+  check_rows("out", out, {x.size(0), filters, (x.size(2) - 1) / stride + 1, (x.size(3) - 1) / stride + 1}, x);
+  fused_resnet::Conv3x3Launch launch{};
+  launch.shape = conv3x3_shape(x, filters, stride);
+  launch.dtype = dtype;
+  launch.x = x.data_ptr();
+  launch.w = w.data_ptr();
+  launch.out = out.data_ptr();
+  return launch;
+}
+
+void run_conv3x3(const char* name, const fused_resnet::Conv3x3Launch& launch, const Tensor& x) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  fused_resnet::launch_conv3x3_sm90(launch, stream_of(x));
+  check_launch(name);
+}
+
+void conv3x3_stats_sm90(Tensor x, Tensor w, int64_t stride, Tensor out, Tensor partials) {
+  fused_resnet::Conv3x3Launch launch = conv3x3(x, w, stride, out);
+  STD_TORCH_CHECK(partials.dim() == 3 && partials.size(0) > 0, "partials: expected [T, 3, K], got ",
+                  shape_of(partials));
+  check_vector("partials", partials, ScalarType::Float, {partials.size(0), 3, w.size(0)}, x);
+  launch.epilogue = Epilogue::kStatistics;
+  launch.partials = static_cast<float*>(partials.data_ptr());
+  launch.partial_rows = static_cast<int>(partials.size(0));
+  run_conv3x3("conv3x3_stats_sm90", launch, x);
+}
+
+void conv3x3_affine_sm90(Tensor x, Tensor w, std::optional<Tensor> bn, std::optional<Tensor> residual,
+                         std::optional<Tensor> mask, bool relu, int64_t stride, Tensor out) {
+  fused_resnet::Conv3x3Launch launch = conv3x3(x, w, stride, out);
+  const int64_t filters = w.size(0);
+  if (bn.has_value()) check_vector("bn", *bn, ScalarType::Float, {5, filters}, x);
+  if (residual.has_value()) check_rows("residual", *residual, out);
+  if (mask.has_value()) {
+    STD_TORCH_CHECK(residual.has_value(), "mask: expected with a residual");
+    check_vector("mask", *mask, ScalarType::Byte, {out.size(0), out.size(2), out.size(3), filters / 8}, x);
+  }
+  launch.epilogue = Epilogue::kAffine;
+  launch.bn = data<float>(bn);
+  launch.side = residual.has_value() ? residual->data_ptr() : nullptr;
+  launch.mask = data<uint8_t>(mask);
+  launch.relu = relu;
+  run_conv3x3("conv3x3_affine_sm90", launch, x);
+}
+
+void conv3x3_relu_grad_sm90(Tensor g, Tensor w, Tensor relu_c, Tensor relu_bn, Tensor dx, Tensor sums) {
+  fused_resnet::Conv3x3Launch launch = conv3x3(g, w, 1, dx);
+  check_rows("relu_c", relu_c, dx);
+  check_vector("relu_bn", relu_bn, ScalarType::Float, {5, w.size(0)}, g);
+  STD_TORCH_CHECK(sums.dim() == 3 && sums.size(0) > 0, "sums: expected [T, 2, C], got ", shape_of(sums));
+  check_vector("sums", sums, ScalarType::Float, {sums.size(0), 2, w.size(0)}, g);
+  launch.epilogue = Epilogue::kReluGradient;
+  launch.bn = static_cast<float*>(relu_bn.data_ptr());
+  launch.side = relu_c.data_ptr();
+  launch.partials = static_cast<float*>(sums.data_ptr());
+  launch.partial_rows = static_cast<int>(sums.size(0));
+  run_conv3x3("conv3x3_relu_grad_sm90", launch, g);
+}
+
+void conv3x3_wgrad_sm90(Tensor x, Tensor g, int64_t stride, Tensor parts, Tensor dw) {
+  const DataType dtype = check_sm90("x", x);
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
+  STD_TORCH_CHECK(g.dim() == 4, "g: expected [N, K, P, Q], got ", shape_of(g));
+  const int64_t channels = x.size(1), filters = g.size(1);
+  check_rows("g", g, {x.size(0), filters, (x.size(2) - 1) / stride + 1, (x.size(3) - 1) / stride + 1}, x);
+  check_channels("x", channels);
+  check_channels("g", filters);
+  check_vector("dw", dw, ScalarType::Float, {filters, 3, 3, channels}, x);
+  const int64_t step = fused_resnet::wgrad_parts_per_chunk(static_cast<int>(filters));
+  STD_TORCH_CHECK(parts.dim() == 5 && parts.size(0) > 0 && parts.size(0) % step == 0,
+                  "parts: expected [T, K, 3, 3, C] with T a multiple of ", step, ", got ", shape_of(parts));
+  check_vector("parts", parts, ScalarType::Float, {parts.size(0), filters, 3, 3, channels}, x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  fused_resnet::launch_conv3x3_wgrad_sm90(
+      {conv3x3_shape(x, filters, stride), dtype, x.data_ptr(), g.data_ptr(), static_cast<float*>(parts.data_ptr()),
+       static_cast<float*>(dw.data_ptr()), static_cast<int>(parts.size(0))},
+      stream_of(x));
+  check_launch("conv3x3_wgrad_sm90");
+}
+
+void bottleneck_affine_sm90(Tensor x, Tensor w1, Tensor bn1, Tensor w2, Tensor bn2, Tensor w3, Tensor bn3, Tensor out) {
+  constexpr int64_t kWidth = fused_resnet::kWidth, kWide = fused_resnet::kWide;
+  const DataType dtype = check_sm90("x", x);
+  check_rows("x", x, {x.size(0), kWide, x.size(2), x.size(3)}, x);
+  check_weight("w1", w1, {kWidth, kWide}, x);
+  check_weight("w2", w2, {kWidth, 3, 3, kWidth}, x);
+  check_weight("w3", w3, {kWide, kWidth}, x);
+  check_vector("bn1", bn1, ScalarType::Float, {5, kWidth}, x);
+  check_vector("bn2", bn2, ScalarType::Float, {5, kWidth}, x);
+  check_vector("bn3", bn3, ScalarType::Float, {5, kWide}, x);
+  check_rows("out", out, x);
+  const auto size = [&x](int i) { return static_cast<int>(x.size(i)); };
+  const auto vector = [](const Tensor& t) { return static_cast<const float*>(t.data_ptr()); };
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  fused_resnet::launch_bottleneck_sm90({{size(0), size(2), size(3)},
+                                        dtype,
+                                        x.data_ptr(),
+                                        w1.data_ptr(),
+                                        w2.data_ptr(),
+                                        w3.data_ptr(),
+                                        vector(bn1),
+                                        vector(bn2),
+                                        vector(bn3),
+                                        out.data_ptr()},
+                                       stream_of(x));
+  check_launch("bottleneck_affine_sm90");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
   m.def(
       "bn_finalize(Tensor partials, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, float momentum, float eps, Tensor(d!) bn) -> ()");
+  m.def(
+      "bn_frozen(Tensor running_mean, Tensor running_var, Tensor? gamma, Tensor? beta, float eps, Tensor(a!) bn) "
+      "-> ()");
   m.def("bn_join(Tensor c, Tensor bn, Tensor shortcut, Tensor? bn_shortcut, Tensor(a!) out, Tensor(b!) mask) -> ()");
+  m.def("conv3x3_stats_sm90(Tensor x, Tensor w, int stride, Tensor(a!) out, Tensor(b!) partials) -> ()");
+  m.def(
+      "conv3x3_affine_sm90(Tensor x, Tensor w, Tensor? bn, Tensor? residual, Tensor? mask, bool relu, int stride, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "conv3x3_relu_grad_sm90(Tensor g, Tensor w, Tensor relu_c, Tensor relu_bn, Tensor(a!) dx, Tensor(b!) sums) "
+      "-> ()");
+  m.def("conv3x3_wgrad_sm90(Tensor x, Tensor g, int stride, Tensor(a!) parts, Tensor(b!) dw) -> ()");
+  m.def(
+      "bottleneck_affine_sm90(Tensor x, Tensor w1, Tensor bn1, Tensor w2, Tensor bn2, Tensor w3, Tensor bn3, "
+      "Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CompositeExplicitAutograd, m) {
   m.impl("bn_finalize", TORCH_BOX(&bn_finalize));
+  m.impl("bn_frozen", TORCH_BOX(&bn_frozen));
   m.impl("bn_join", TORCH_BOX(&bn_join));
+  m.impl("conv3x3_stats_sm90", TORCH_BOX(&conv3x3_stats_sm90));
+  m.impl("conv3x3_affine_sm90", TORCH_BOX(&conv3x3_affine_sm90));
+  m.impl("conv3x3_relu_grad_sm90", TORCH_BOX(&conv3x3_relu_grad_sm90));
+  m.impl("conv3x3_wgrad_sm90", TORCH_BOX(&conv3x3_wgrad_sm90));
+  m.impl("bottleneck_affine_sm90", TORCH_BOX(&bottleneck_affine_sm90));
 }

@@ -2,6 +2,7 @@
 //
 //   bn_finalize  partials [T, 3, C] -> bn [5, C] = (mean, rstd, scale, shift, 1 / n), running statistics in place
 //                rstd = 1 / sqrt(M2 / n + eps), scale = gamma * rstd, shift = beta - mean * scale
+//   bn_frozen    the same from running statistics, with 0 for 1 / n
 //   bn_join      out = relu(c * scale + shift + s), s the shortcut or its own affine; mask = bits of out > 0
 //
 // Sums run in fp64 in a fixed order and there are no atomics: the same input gives the same bits.
@@ -16,6 +17,16 @@ namespace {
 
 constexpr int kChannelsPerBlock = 32;  // one 128-byte line of every row
 constexpr int kRowLanes = 16;          // rows in flight; each lane merges every 16th row, then lanes merge as a tree
+
+// The rows of a bn table, at one channel.
+__device__ __forceinline__ void store_vectors(float* bn, int64_t channels, double mean, double rstd, double scale,
+                                              double beta, double inv_count) {
+  bn[0] = static_cast<float>(mean);
+  bn[channels] = static_cast<float>(rstd);
+  bn[2 * channels] = static_cast<float>(scale);
+  bn[3 * channels] = static_cast<float>(beta - mean * scale);
+  bn[4 * channels] = static_cast<float>(inv_count);
+}
 
 __global__ void __launch_bounds__(kChannelsPerBlock* kRowLanes) bn_finalize_kernel(FinalizeArguments a) {
   __shared__ Statistics lanes[kRowLanes][kChannelsPerBlock];
@@ -42,11 +53,7 @@ __global__ void __launch_bounds__(kChannelsPerBlock* kRowLanes) bn_finalize_kern
     const double rstd = 1.0 / sqrt(s.m2 / n + a.eps);
     const double scale = a.gamma == nullptr ? rstd : a.gamma[channel] * rstd;
     const double beta = a.beta == nullptr ? 0.0 : a.beta[channel];
-    a.bn[channel] = static_cast<float>(s.mean);
-    a.bn[a.channels + channel] = static_cast<float>(rstd);
-    a.bn[2 * a.channels + channel] = static_cast<float>(scale);
-    a.bn[3 * a.channels + channel] = static_cast<float>(beta - s.mean * scale);
-    a.bn[4 * a.channels + channel] = static_cast<float>(1.0 / n);
+    store_vectors(a.bn + channel, a.channels, s.mean, rstd, scale, beta, 1.0 / n);
     if (a.running_mean != nullptr && s.count > 0.0) {
       const double weight = a.cumulative ? 1.0 / (*a.num_batches_tracked + 1) : a.momentum;
       a.running_mean[channel] = static_cast<float>(running(a.running_mean[channel], s.mean, weight));
@@ -57,6 +64,15 @@ __global__ void __launch_bounds__(kChannelsPerBlock* kRowLanes) bn_finalize_kern
 
 // On its own: every block of the kernel above reads the counter in cumulative mode.
 __global__ void count_batch_kernel(int64_t* num_batches_tracked) { *num_batches_tracked += 1; }
+
+__global__ void __launch_bounds__(128) bn_frozen_kernel(FrozenArguments a) {
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (channel >= a.channels) return;
+  const double rstd = 1.0 / sqrt(a.running_var[channel] + a.eps);
+  const double scale = a.gamma == nullptr ? rstd : a.gamma[channel] * rstd;
+  const double beta = a.beta == nullptr ? 0.0 : a.beta[channel];
+  store_vectors(a.bn + channel, a.channels, a.running_mean[channel], rstd, scale, beta, 0.0);
+}
 
 template <typename T>
 struct alignas(sizeof(T) * 8) Eight {
@@ -156,6 +172,12 @@ void launch_bn_finalize(const FinalizeArguments& a, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>((a.channels + kChannelsPerBlock - 1) / kChannelsPerBlock);
   bn_finalize_kernel<<<blocks, dim3(kChannelsPerBlock, kRowLanes), 0, stream>>>(a);
   if (a.num_batches_tracked != nullptr) count_batch_kernel<<<1, 1, 0, stream>>>(a.num_batches_tracked);
+}
+
+void launch_bn_frozen(const FrozenArguments& a, cudaStream_t stream) {
+  if (a.channels == 0) return;
+  constexpr int kThreads = 128;
+  bn_frozen_kernel<<<static_cast<unsigned>((a.channels + kThreads - 1) / kThreads), kThreads, 0, stream>>>(a);
 }
 
 void launch_bn_join(const JoinArguments& a, cudaStream_t stream) {

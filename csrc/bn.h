@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace fused_resnet {
+#include "data_type.h"
 
-enum class DataType { kFloat32, kFloat16, kBFloat16 };
+namespace fused_resnet {
 
 struct FinalizeArguments {
   const float* partials;  // [rows, 3, channels]: count, mean, M2
@@ -25,6 +25,18 @@ struct FinalizeArguments {
 };
 
 void launch_bn_finalize(const FinalizeArguments& arguments, cudaStream_t stream);
+
+struct FrozenArguments {
+  const float* running_mean;  // [channels]
+  const float* running_var;
+  const float* gamma;  // [channels] or null: 1
+  const float* beta;   // [channels] or null: 0
+  float* bn;           // [5, channels], the last row 0: constants in backward
+  int64_t channels;
+  double eps;
+};
+
+void launch_bn_frozen(const FrozenArguments& arguments, cudaStream_t stream);
 
 struct JoinArguments {
   const void* c;             // [pixels, channels]

@@ -3,11 +3,7 @@
 // Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
 #pragma once
 
-#ifdef __CUDACC__
-#define FUSED_RESNET_HD __host__ __device__ __forceinline__
-#else
-#define FUSED_RESNET_HD inline
-#endif
+#include "data_type.h"
 
 namespace fused_resnet {
 

@@ -388,10 +388,26 @@ class _Stem(torch.autograd.Function):
 # Where no gradient is needed, and where the library is as fast
 
 
+def _plain_bottleneck(units: Sequence[ConvBN], options: Options) -> bool:
+    """An identity bottleneck: 1x1, a convolution that keeps the channels, 1x1, all at one resolution."""
+    if len(units) != 3 or not (options.identity and options.relu):
+        return False
+    first, middle, last = units
+    return (
+        _dense(first.w, first.geometry)
+        and _dense(last.w, last.geometry)
+        and middle.w.shape[0] == middle.w.shape[1] == first.w.shape[0]
+    )
+
+
 def _chain_inference(
     x: Tensor, residual: Tensor | None, units: Sequence[ConvBN], shortcut: ConvBN | None, options: Options
 ) -> Tensor:
-    """`chain_forward` for running statistics without gradients: one operator per convolution, nothing saved."""
+    """`chain_forward` for running statistics without gradients, nothing saved: one operator per convolution, or one
+    for a whole identity bottleneck where there is such a kernel."""
+    if _plain_bottleneck(units, options) and ops.fuses_bottleneck(options.impl, x, units[1].w, units[1].geometry):
+        tables = [t for unit in units for t in (unit.w.to(x.dtype), _finalize(unit, None, options.impl))]
+        return _op.bottleneck_affine(x, *tables, *units[1].geometry, options.impl)
 
     def conv(unit: ConvBN, a: Tensor, side: Tensor | None, relu: bool) -> Tensor:
         frozen = unit.running_mean, unit.running_var, unit.gamma, unit.beta, unit.eps

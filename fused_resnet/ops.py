@@ -106,6 +106,24 @@ def plan_block(name: str, impl: str, x: Tensor, convolutions: list[tuple[Tensor,
     return planning.plan_block(problem, device_of(x, impl), impl)
 
 
+def fuses_bottleneck(impl: str, x: Tensor, w2: Tensor, geometry: Geometry) -> bool:
+    """Whether one kernel runs an identity bottleneck around the 3x3 weight `w2`: asked for by name, or measured.
+
+    Where it cannot, the caller has an operator for each convolution, which says why if it cannot run either.
+    """
+    problem = _problem("bottleneck_affine", x, geometry, w2.shape)
+    device = device_of(x, impl) if _recorder is None else _record_device
+    if device is not None and planning.cuda_unsupported(problem, device):
+        return False
+    try:
+        chosen = planning.plan_for(problem, device, impl)
+    except planning.Unsupported:
+        return False
+    if _recorder is not None and chosen.backend != "cuda":
+        _recorder(problem, chosen)  # the operator, which would, does not run
+    return chosen.backend == "cuda"
+
+
 def _select_fake(name: str, impl: str, x: Tensor, *details):
     if _recorder is not None:
         problem = _problem(name, x, *details)
@@ -169,6 +187,15 @@ def _(select, x, w, mean, var, gamma, beta, eps, residual, relu, stride, padding
     epilogue = "affine" if residual is None else "affine+residual"
     run = select("conv_affine", impl, x, geometry, w.shape, False, epilogue)
     return run(x, w, Frozen(mean, var, gamma, beta, eps), residual, relu, geometry)
+
+
+@_operator(
+    "bottleneck_affine(Tensor x, Tensor w1, Tensor bn1, Tensor w2, Tensor bn2, Tensor w3, Tensor bn3,"
+    f" {_GEOMETRY}, str impl) -> Tensor"
+)
+def _(select, x, w1, bn1, w2, bn2, w3, bn3, stride, padding, dilation, groups, impl):
+    geometry = Geometry(stride, padding, dilation, groups)
+    return select("bottleneck_affine", impl, x, geometry, w2.shape)(x, w1, bn1, w2, bn2, w3, bn3, geometry)
 
 
 @_operator(f"bn_finalize(Tensor partials, {_AFFINE}, {_RUNNING}, float? momentum, float eps, str impl) -> Tensor")

@@ -195,6 +195,13 @@ class _Samples:
         frozen = random_frozen(self.p.k, self.generator, self.device)
         return self._map(self.input), self._conv_weight(), frozen, residual, True, self.geometry
 
+    def bottleneck_affine(self):
+        c, k = self.p.c, self.p.k
+        vectors = self._vectors(k), self._vectors(k), self._vectors(c)
+        middle = self._weight(k, k // self.p.groups, self.p.r, self.p.s)
+        weights = self._weight(k, c), middle, self._weight(c, k)
+        return self._map(self.input), *(t for pair in zip(weights, vectors) for t in pair), self.geometry
+
     def conv1x1_join(self):
         a, w, bn = (
             self._deferred(self.input, self.p.prologue),

@@ -29,10 +29,11 @@ LAW = {
 FREE = {"__init__", "__main__"}
 PLAN_LAW = {
     "problem": set(),
+    "cuda": {"problem"},
     "families": {"problem"},
     "layers": {"problem"},
-    "tables": {"families", "problem"},
-    "__init__": {"families", "layers", "problem", "tables"},
+    "tables": {"cuda", "families", "problem"},
+    "__init__": {"cuda", "families", "layers", "problem", "tables"},
 }
 
 

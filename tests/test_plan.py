@@ -3,6 +3,7 @@
 import json
 import threading
 import warnings
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from fused_resnet.plan import (
     TileConfig,
     Unsupported,
     chunk_pixels,
+    cuda_unsupported,
     current_impl,
     dump_table,
     load_table,
@@ -138,13 +140,63 @@ def test_explicit_impl_never_falls_back(plans):
         plan_for(Problem("bn_act", 1, 8, 8, 64, 64, dtype="float64"), H100, "triton")
     with pytest.raises(Unsupported, match="sm75"):
         plan_for(POINTWISE, Device(75, 40, 65536), "triton")
-    with pytest.raises(Unsupported, match="no kernel in the CUDA library"):
+    with pytest.raises(Unsupported, match="bn_act: no kernel in the CUDA library"):
+        plan_for(Problem("bn_act", 1, 8, 8, 64, 64), H100, "cuda")
+    with pytest.raises(Unsupported, match="conv_stats: no 1x1 kernel"):
         plan_for(POINTWISE, H100, "cuda")
     finalize = Problem("bn_finalize", 512, 3, 1, 64, 64, dtype="float32")
     plan = plan_for(finalize, H100, "cuda")
     assert (plan.backend, plan.module, plan.launch) == ("cuda", "native", "launch_bn_finalize")
     with pytest.raises(ValueError, match="impl must be one of"):
         plan_for(POINTWISE, H100, "fast")
+
+
+CONV3X3 = Problem("conv_stats", 32, 28, 28, 128, 128, 3, 3, padding=(1, 1), epilogue="stats")
+BOTTLENECK = replace(CONV3X3, op="bottleneck_affine", c=256, k=64, epilogue="")
+
+
+@pytest.mark.parametrize(
+    ("problem", "change", "reason"),
+    [
+        (CONV3X3, {}, None),
+        (CONV3X3, {"op": "conv_affine", "stride": (2, 2), "epilogue": "affine+residual", "dtype": "float16"}, None),
+        (CONV3X3, {"op": "conv_dgrad", "epilogue": "relu"}, None),
+        (CONV3X3, {"op": "conv_dgrad", "epilogue": "add"}, None),
+        (CONV3X3, {"op": "conv_wgrad", "stride": (2, 2), "epilogue": ""}, None),
+        (BOTTLENECK, {}, None),
+        (CONV3X3, {"dtype": "float32"}, "float32: the kernel multiplies 16-bit values"),
+        (CONV3X3, {"r": 7, "s": 7}, "no 7x7 kernel"),
+        (CONV3X3, {"padding": (0, 0)}, "padding (0, 0), dilation (1, 1)"),
+        (CONV3X3, {"dilation": (2, 2)}, "padding (1, 1), dilation (2, 2)"),
+        (CONV3X3, {"groups": 32}, "32 groups"),
+        (CONV3X3, {"n": 2**22}, "32-bit"),
+        (CONV3X3, {"prologue": True}, "write the deferred tensor out first"),
+        (CONV3X3, {"stride": (2, 1)}, "stride (2, 1)"),
+        (CONV3X3, {"op": "conv_dgrad", "stride": (2, 2)}, "stride (2, 2): the kernel has (1, 1)"),
+        (CONV3X3, {"op": "conv_dgrad", "epilogue": "reluadd"}, "either adds a gradient or masks"),
+        (CONV3X3, {"c": 96}, "96 -> 128 channels: the kernel takes multiples of 64"),
+        (CONV3X3, {"k": 32}, "128 -> 32 channels"),
+        (CONV3X3, {"op": "conv1x1_join"}, "no kernel in the CUDA library"),
+        (BOTTLENECK, {"c": 512, "k": 128}, "width 128 of 512 channels"),
+        (BOTTLENECK, {"stride": (2, 2)}, "the shortcut is the input itself"),
+    ],
+)
+def test_limits_of_the_cuda_kernels_have_reasons(plans, problem, change, reason):
+    problem = replace(problem, **change)
+    said = cuda_unsupported(problem, H100)
+    assert said is None if reason is None else reason in said
+    entry = table_entry(problem, "cuda", None, 1.0, 2.0)
+    if reason is None:
+        assert plan_for(problem, H100, "cuda").launch.startswith("launch_")
+        assert plan_for(problem, H100, "auto").backend == "library"  # not measured
+        # Measured, but on a card that has none of it.
+        dump_table(plans / "sm100.json", 100, {}, [entry])
+        assert "sm100: the kernel uses wgmma" in plan_for(problem, Device.default(100), "auto").reason
+    else:
+        with pytest.raises(Unsupported, match=f"^{problem.op}: "):
+            plan_for(problem, H100, "cuda")
+    for arch in (80, 89, 100):
+        assert cuda_unsupported(problem, Device.default(arch))
 
 
 def test_more_pixels_than_32_bits_are_refused():

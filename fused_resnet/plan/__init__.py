@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from .families import CUDA_LAUNCHES, FAMILIES, VECTOR_OPS, gemm_smem, triton_plan, unsupported
+from .cuda import CUDA_LAUNCHES, cuda_plan, cuda_unsupported
+from .families import FAMILIES, VECTOR_OPS, gemm_smem, triton_plan, unsupported
 from .layers import MODELS, model_problems
 from .problem import (
     ARCHITECTURES,
@@ -45,6 +46,8 @@ __all__ = [
     "Winner",
     "check_impl",
     "chunk_pixels",
+    "cuda_plan",
+    "cuda_unsupported",
     "current_impl",
     "dump_table",
     "forget_choices",
@@ -110,12 +113,6 @@ def use(impl: str) -> Iterator[None]:
         _choice.impl = outer
 
 
-def _cuda_plan(problem: Problem, reason: str) -> Plan:
-    if problem.op not in CUDA_LAUNCHES:
-        raise Unsupported(f"{problem.op} has no kernel in the CUDA library")
-    return Plan("cuda", None, reason, "native", CUDA_LAUNCHES[problem.op])
-
-
 @lru_cache(maxsize=8192)
 def plan_for(problem: Problem, device: Device | None, impl: str = "auto") -> Plan:
     """Choose a backend for ``problem``. ``device`` None means tensors on the CPU.
@@ -140,7 +137,7 @@ def plan_for(problem: Problem, device: Device | None, impl: str = "auto") -> Pla
             return Plan("reference", None, "no CUDA device")
         raise Unsupported(f"{problem.op}: no CUDA device")
     if impl == "cuda":
-        return _cuda_plan(problem, "asked for")
+        return cuda_plan(problem, device, "asked for")
     winner = measured_winners(device.arch).get(problem)
     if impl == "triton":
         if winner is not None and winner.config is not None and not unsupported(problem, winner.config, device):
@@ -153,7 +150,9 @@ def plan_for(problem: Problem, device: Device | None, impl: str = "auto") -> Pla
             return Plan("library", None, f"the measured tile does not fit this card: {reason}")
         return triton_plan(problem, winner.config, device, winner.reason)
     if winner.backend == "cuda":
-        return _cuda_plan(problem, winner.reason)
+        if reason := cuda_unsupported(problem, device):
+            return Plan("library", None, f"the measured kernel cannot run on this card: {reason}")
+        return cuda_plan(problem, device, winner.reason)
     return Plan("library", None, winner.reason)
 
 

@@ -19,9 +19,6 @@ from .problem import (
     statistics_rows,
 )
 
-# Operator -> launch function in kernels/native.py, which calls the compiled C++/CUDA library.
-CUDA_LAUNCHES = {"bn_finalize": "launch_bn_finalize", "bn_join": "launch_bn_join"}
-
 
 def _accumulators(problem: Problem) -> int:
     """fp32 tiles a thread block keeps in registers. The two sides of a join have scales of their own: two tiles."""

@@ -154,6 +154,8 @@ def _inference_problems(convs: list[_Conv], down: _Conv | None) -> list[tuple[st
     problems.append((last.layer, last.problem("conv_affine", epilogue="affine+residual")))
     if last.r == 1:
         problems.append((last.layer, _join(last, down, prologue=False)))
+    if last.r == 1 and down is None:
+        problems.append((convs[1].layer, replace(convs[1].problem("bottleneck_affine"), c=convs[0].c)))
     return problems
 
 

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from .families import CUDA_LAUNCHES, FAMILIES
+from .cuda import CUDA_LAUNCHES
+from .families import FAMILIES
 from .problem import BLOCK_OPS, Problem, TileConfig
 
 TABLE_FORMAT = 1

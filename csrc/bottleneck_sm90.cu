@@ -1,0 +1,48 @@
+#include <cuda_runtime.h>
+
+#include "bottleneck_sm90.h"
+#include "hopper/ptx.cuh"
+// The kernel needs the machine above.
+#include "bottleneck_sm90.cuh"
+
+namespace fused_resnet {
+namespace {
+
+using hopper::TensorMap;
+
+template <DataType type>
+__global__ void __launch_bounds__(384, 1)
+    bottleneck_sm90_kernel(const BottleneckArguments arguments, const __grid_constant__ TensorMap x,
+                           const __grid_constant__ TensorMap w1, const __grid_constant__ TensorMap w2,
+                           const __grid_constant__ TensorMap w3, const __grid_constant__ TensorMap out) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  BottleneckBlock<type>(arguments, x, w1, w2, w3, out).run();
+#endif
+}
+
+template <DataType type>
+void launch_type(const BottleneckLaunch& l, cudaStream_t stream) {
+  int device = 0, sms = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  const auto kernel = bottleneck_sm90_kernel<type>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BottleneckMemory::kBytes);
+  const BottleneckMaps maps = bottleneck_maps(l.shape, type == DataType::kBFloat16);
+  const BottleneckArguments arguments{l.shape, l.bn1, l.bn2, l.bn3};
+  constexpr int kThreads = BottleneckBlock<type>::kThreads;
+  const int wanted = (l.shape.tiles() + 1) / 2;  // a tile for each warpgroup
+  const int grid = wanted < sms ? wanted : sms;
+  kernel<<<grid, kThreads, BottleneckMemory::kBytes, stream>>>(
+      arguments, hopper::encode(maps.x, l.x), hopper::encode(maps.w1, l.w1), hopper::encode(maps.w2, l.w2),
+      hopper::encode(maps.w3, l.w3), hopper::encode(maps.out, l.out));
+}
+
+}  // namespace
+
+void launch_bottleneck_sm90(const BottleneckLaunch& l, cudaStream_t stream) {
+  if (l.shape.tiles() == 0) return;
+  return l.dtype == DataType::kBFloat16 ? launch_type<DataType::kBFloat16>(l, stream)
+                                        : launch_type<DataType::kFloat16>(l, stream);
+}
+
+}  // namespace fused_resnet

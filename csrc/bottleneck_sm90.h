@@ -1,0 +1,24 @@
+// Launcher of the bottleneck for Hopper, for bindings.cpp; pointers are device pointers.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "bottleneck_tile.h"
+
+namespace fused_resnet {
+
+struct BottleneckLaunch {
+  BottleneckShape shape;
+  DataType dtype;                // float16 or bfloat16
+  const void* x;                 // [images, height, width, 256]
+  const void* w1;                // [64, 256]
+  const void* w2;                // [64, 3, 3, 64]
+  const void* w3;                // [256, 64]
+  const float *bn1, *bn2, *bn3;  // [5, channels]
+  void* out;                     // like x
+};
+
+// Throws std::runtime_error where a tensor map cannot be made.
+void launch_bottleneck_sm90(const BottleneckLaunch& launch, cudaStream_t stream);
+
+}  // namespace fused_resnet

@@ -1,0 +1,471 @@
+"""The kernels for sm90: their source on an emulated machine, their arithmetic by brute force, and themselves on a GPU.
+
+hopper_machine.h implements the instructions of csrc/hopper/ptx.cuh on the CPU, where the kernels' own source then runs,
+thread by thread: tensor maps, swizzled shared memory, barriers, descriptors, epilogues. What is left for a GPU to show
+is that the instructions do what their documentation says.
+
+On a GPU, races and stray accesses: compute-sanitizer --tool memcheck (then racecheck, synccheck)
+python -m pytest -q -m gpu tests/test_hopper.py
+"""
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fused_resnet import FusedBottleneck, ops, plan, reference, testing, use
+from fused_resnet.kernels import native
+from fused_resnet.plan import MODELS, Device, Problem, cuda_plan, cuda_unsupported, model_problems
+from fused_resnet.reference import Deferred, Geometry, Gradient
+
+ROOT = Path(__file__).parent.parent
+H100 = Device.default(90)
+DTYPES = [torch.bfloat16, torch.float16]
+STATISTICS, AFFINE, RELU_GRADIENT = range(3)
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+@pytest.fixture(scope="session")
+def machine(tmp_path_factory):
+    """The kernels' source over the emulated machine, and their arithmetic."""
+    path = tmp_path_factory.mktemp("hopper") / "machine.so"
+    command = ["g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+    source = ROOT / "tests" / "hopper_emulation.cpp"
+    done = subprocess.run([*command, f"-I{ROOT / 'csrc'}", source, "-o", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(path))
+
+
+def _pointer(t):
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def _ints(*values):
+    return (ctypes.c_int * len(values))(*values)
+
+
+def _call(function, *arguments):
+    error = ctypes.create_string_buffer(256)
+    assert function(*arguments, error) == 0, error.value.decode()
+
+
+# Arithmetic
+
+
+def test_machine_reports_what_a_gpu_would_get_wrong(machine):
+    error = ctypes.create_string_buffer(256)
+    said = []
+    for fault in range(5):
+        error.value = b""
+        assert machine.faulty(fault, error) == (fault > 0)
+        said.append(error.value.decode())
+    expected = ("", "deadlock", "without a proxy fence", "without waiting for its stores", "not aligned")
+    for text, words in zip(said, expected):
+        assert words in text and bool(words) == bool(text)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_machine_rounds_as_pytorch(machine, dtype):
+    machine.round_trip.restype = ctypes.c_float
+    values = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 10 ** torch.linspace(-9, 4.9, 2000)
+    halfway = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8, 65519.0, -(2**-24), 2**-25, 0.0])
+    values = torch.cat((values, halfway))
+    got = [machine.round_trip(ctypes.c_float(v), int(dtype == torch.bfloat16)) for v in values.tolist()]
+    assert torch.equal(torch.tensor(got), values.to(dtype).float())
+
+
+def test_swizzle_is_a_bijection_without_bank_conflicts(machine):
+    offsets = np.array([[machine.tile_offset(row, column) for column in range(64)] for row in range(256)])
+    assert sorted(offsets.ravel()) == list(range(0, 256 * 128, 2))
+    for row in range(248):  # the eight rows of ldmatrix, and of a warp's accumulators, wherever they start
+        for chunk in range(0, 64, 8):
+            assert sorted(offsets[row : row + 8, chunk] // 16 % 8) == list(range(8))
+            words = offsets[row : row + 8, chunk : chunk + 8 : 2] // 4 % 32
+            assert sorted(words.ravel()) == list(range(32))
+    # The hardware's view: 16-byte chunks within a pattern of eight rows, xor-ed with the row.
+    rows, columns = np.divmod(np.arange(256 * 64), 64)
+    assert (offsets.ravel() == rows * 128 + ((columns // 8) ^ (rows % 8)) * 16 + columns % 8 * 2).all()
+
+
+def test_descriptor_has_the_documented_fields(machine):
+    machine.matrix_descriptor.restype = ctypes.c_uint64
+    for address in (0, 1024, 96 * 1024 + 32, 226 * 1024 + 96):
+        bits = machine.matrix_descriptor(address)
+        assert bits & 0x3FFF == address >> 4 and bits >> 14 & 3 == 0  # start address
+        assert bits >> 16 & 0x3FFF == 1 and bits >> 32 & 0x3FFF == 1024 >> 4  # leading and stride offsets
+        assert bits >> 46 & 0xFFFF == 0 and bits >> 62 == 1  # base offset; 128-byte swizzle
+
+
+def test_registers_cover_the_result_once_and_match_the_next_operand(machine):
+    seen = {(machine.accumulator_row(t, i), machine.accumulator_column(t, i)) for t in range(128) for i in range(32)}
+    assert len(seen) == 64 * 64 and seen == {(row, column) for row in range(64) for column in range(64)}
+    # ldmatrix: lane l points at row l % 8 of matrix l / 8, and gets of each matrix row l / 4 and columns l % 4 * 2.
+    for lane in range(32):
+        for matrix in range(4):
+            source = matrix * 8 + lane // 4
+            row, column = machine.fragment_row(source), machine.fragment_half(source) * 8 + lane % 4 * 2
+            # Accumulators of the result, two to a register, four registers to sixteen columns.
+            assert row == machine.accumulator_row(lane, 2 * matrix)
+            assert column == machine.accumulator_column(lane, 2 * matrix)
+
+
+def _layers(op, training):
+    """{(n, h, w, c, k, stride): problem} of every layer of every model that the library's kernel `op` takes."""
+    found = {}
+    for name in MODELS:
+        for batch in (1, 7, 32, 256):
+            for size in (224, 225):
+                for _, p in model_problems(name, batch, size, training):
+                    if p.op == op and cuda_unsupported(p, H100) is None:
+                        found[(p.n, p.h, p.w, p.c, p.k, p.stride[0])] = p
+    assert found
+    return found
+
+
+def _work(machine, shape, epilogue, side, rows, sms):
+    out = (ctypes.c_int * 4)()
+    first = (ctypes.c_int * (shape[0] * shape[1] * shape[2] // 128 + 2 + rows))()
+    machine.conv3x3_work(_ints(*shape), epilogue, side, rows, sms, out, first)
+    return (*out, np.array(first[: out[1] + 1]))
+
+
+@pytest.mark.parametrize("op", ["conv_stats", "conv_affine", "conv_dgrad"])
+def test_every_tile_of_every_layer_has_one_work_item(machine, op):
+    machine.conv3x3_fault.restype = ctypes.c_char_p
+    for shape, problem in _layers(op, op != "conv_affine").items():
+        pixels = problem.gemm_m
+        rows = 0 if op == "conv_affine" else plan.statistics_rows(problem.k)
+        kind = {"conv_stats": STATISTICS, "conv_affine": AFFINE, "conv_dgrad": RELU_GRADIENT}[op]
+        for sms in (1, 132):
+            tiles, work_rows, columns, block_n, first = _work(machine, shape, kind, 0, rows, sms)
+            assert tiles == -(-pixels // 128) and columns * block_n == problem.k and block_n in (64, 128, 256)
+            assert work_rows == (min(rows, tiles) if rows else tiles)
+            shares = np.diff(first)
+            assert first[0] == 0 and first[-1] == tiles and shares.min() >= 1 and np.ptp(shares) <= 1
+            assert machine.conv3x3_fault(_ints(*shape), block_n) is None, (shape, block_n)
+
+
+def test_wide_tiles_where_they_fill_the_card(machine):
+    """256 filters where that loads least, 128 where the last round would be half empty, never more than there are."""
+    assert _work(machine, (256, 14, 14, 256, 256, 1), AFFINE, 0, 0, 132)[3] == 256
+    assert _work(machine, (256, 14, 14, 256, 256, 1), AFFINE, 1, 0, 132)[3] == 128  # no room for the residual
+    assert _work(machine, (256, 14, 14, 256, 256, 1), STATISTICS, 0, 256, 132)[3] == 128
+    assert _work(machine, (1, 14, 14, 256, 256, 1), AFFINE, 0, 0, 132)[3] == 64
+    assert _work(machine, (256, 56, 56, 64, 64, 1), STATISTICS, 0, 512, 132)[3] == 64
+
+
+def test_loads_of_every_layer_walk_over_its_output_pixels(machine):
+    """What an im2col load of each tile brings, against the definition of a convolution; tiles cross rows and images."""
+    shapes = {(min(s[0], 3), *s[1:3], s[5]) for op in ("conv_stats", "conv_dgrad") for s in _layers(op, True)}
+    for n, h, w, stride in shapes | {(5, 1, 1, 2), (5, 2, 3, 2), (5, 3, 2, 1), (2, 1, 300, 2)}:
+        p, q = -(-h // stride), -(-w // stride)
+        tiles = -(-n * p * q // 128)
+        out = (ctypes.c_int * (3 * 128))()
+        positions = []
+        for tile in range(tiles):
+            machine.conv3x3_positions(_ints(n, h, w, 64, 64, stride), tile, out)
+            positions.append(np.array(out).reshape(128, 3))
+        positions = np.concatenate(positions)
+        image, row, column = (np.ravel(grid) for grid in np.indices((n, p, q)))
+        expected = np.stack((image, row * stride - 1, column * stride - 1), 1)
+        assert (positions[: n * p * q] == expected).all(), (n, h, w, stride)
+        assert (positions[n * p * q :, 0] >= n).all()  # beyond the last image: zeros
+
+
+@pytest.mark.parametrize("shape", [(2, 56, 56), (1, 1, 1), (3, 9, 13), (1, 57, 8), (2, 7, 7)])
+def test_bottleneck_tiles_cover_every_pixel_once(machine, shape):
+    machine.bottleneck_fault.restype = ctypes.c_char_p
+    n, h, w = shape
+    out = (ctypes.c_int * (3 * machine.bottleneck_tiles(_ints(*shape), None)))()
+    machine.bottleneck_tiles(_ints(*shape), out)
+    covered = np.zeros((n, h + 8, w + 8), int)
+    for image, row, column in np.array(out).reshape(-1, 3):
+        covered[image, row : row + 8, column : column + 8] += 1
+    assert (covered[:, :h, :w] == 1).all()
+    assert machine.bottleneck_fault(_ints(*shape)) is None
+    # Output pixel (y, x) reads halo pixel (y + r, x + s), the halo's first one being one above and left of the tile.
+    for row in range(64):
+        for tap in range(9):
+            y, x = divmod(machine.halo(row, tap // 3, tap % 3), 10)
+            assert (y, x) == (row // 8 + tap // 3, row % 8 + tap % 3)
+
+
+# The kernels' source on the emulated machine
+
+
+class _EmulatedLibrary:
+    """Stands in for torch.ops.fused_resnet_cuda: the operators of bindings.cpp that have an emulated kernel."""
+
+    def __init__(self, machine, sms=2, seed=0, block_n=0):
+        self.machine, self.sms, self.seed, self.block_n = machine, sms, seed, block_n
+
+    def _conv3x3(self, epilogue, x, w, stride, out, bn=None, side=None, mask=None, relu=False, partials=None):
+        n, c, h, width = x.shape
+        assert w.is_contiguous() and w.shape[1:] == (3, 3, c)
+        rows = 0 if partials is None else partials.shape[0]
+        tensors = map(_pointer, (x, w, bn, side, mask, out, partials))
+        shape = _ints(n, h, width, c, w.shape[0], stride)
+        numbers = rows, int(relu), self.sms, self.seed
+        _call(
+            self.machine.conv3x3, shape, int(x.dtype == torch.bfloat16), epilogue, self.block_n, *tensors, *numbers
+        )  # fmt: skip
+
+    def bn_frozen(self, mean, var, gamma, beta, eps, bn):
+        bn.copy_(reference.bn_frozen(mean, var, gamma, beta, eps))
+
+    def conv3x3_stats_sm90(self, x, w, stride, out, partials):
+        self._conv3x3(STATISTICS, x, w, stride, out, partials=partials)
+
+    def conv3x3_affine_sm90(self, x, w, bn, residual, mask, relu, stride, out):
+        self._conv3x3(AFFINE, x, w, stride, out, bn, residual, mask, relu)
+
+    def conv3x3_relu_grad_sm90(self, g, w, relu_c, relu_bn, dx, sums):
+        self._conv3x3(RELU_GRADIENT, g, w, 1, dx, relu_bn, relu_c, partials=sums)
+
+    def conv3x3_wgrad_sm90(self, x, g, stride, parts, dw):
+        n, c, h, w = x.shape
+        shape = _ints(n, h, w, c, g.shape[1], stride)
+        tensors = map(_pointer, (x, g, parts))
+        _call(self.machine.conv3x3_wgrad, shape, int(x.dtype == torch.bfloat16), *tensors, parts.shape[0], self.seed)
+        dw.copy_(parts.sum(0))
+
+    def bottleneck_affine_sm90(self, x, w1, bn1, w2, bn2, w3, bn3, out):
+        n, _, h, w = x.shape
+        tensors = map(_pointer, (x, w1, w2, w3, bn1, bn2, bn3, out))
+        _call(
+            self.machine.bottleneck, _ints(n, h, w), int(x.dtype == torch.bfloat16), *tensors, self.sms, self.seed
+        )  # fmt: skip
+
+
+@pytest.fixture
+def emulated(machine, monkeypatch):
+    """The launch functions of `native` run on the emulated machine; returns a way to choose its size and order."""
+
+    def choose(**options):
+        library = _EmulatedLibrary(machine, **options)
+        monkeypatch.setattr(native, "_library", lambda: library)
+
+    choose()
+    return choose
+
+
+def _conv(op, n, h, w, c, k, stride, dtype, epilogue):
+    return Problem(
+        op, n, h, w, c, k, 3, 3, (stride, stride), (1, 1), dtype=str(dtype).removeprefix("torch."), epilogue=epilogue
+    )
+
+
+def _launch(problem):
+    chosen = cuda_plan(problem, H100, "test")
+    return lambda *arguments: getattr(native, chosen.launch)(*arguments, plan=chosen)
+
+
+# Odd maps, one pixel, tiles that end inside of an image and of a row, several images in a tile, rows without a tile.
+MAPS = [(1, 1, 1, 1), (2, 9, 11, 1), (3, 7, 7, 1), (2, 9, 11, 2), (1, 16, 16, 2), (1, 1, 6, 2)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "h", "w", "stride"), MAPS)
+@pytest.mark.parametrize(("op", "epilogue"), [("conv_stats", "stats"), ("conv_affine", "affine+residual")])
+def test_convolution_on_the_emulated_machine(emulated, poison, n, h, w, stride, dtype, op, epilogue):
+    """Against the reference in float64, borders on their own, with outputs that start as NaN."""
+    emulated(sms=1, seed=h)
+    problem = _conv(op, n, h, w, 64, 128 if n == 2 else 64, stride, dtype, epilogue)
+    testing.check_operator(problem, _launch(problem), torch.Generator().manual_seed(n + h), "cpu")
+
+
+@pytest.mark.parametrize("block_n", [64, 128, 256])
+@pytest.mark.parametrize("seed", range(3))
+def test_wide_tiles_and_deep_channels(emulated, poison, block_n, seed):
+    """Every width of a tile, more than one turn of every ring, tiles in random order of execution."""
+    emulated(block_n=block_n, seed=seed, sms=1 + seed)
+    problem = _conv("conv_affine", 1, 12, 13, 128, 256, 1 + seed % 2, DTYPES[seed % 2], "affine")
+    testing.check_operator(problem, _launch(problem), torch.Generator().manual_seed(seed), "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("epilogue", ["relu", "add", ""])
+@pytest.mark.parametrize(("n", "h", "w"), [(2, 9, 11), (3, 7, 7), (1, 1, 3)])
+def test_input_gradient_on_the_emulated_machine(emulated, poison, n, h, w, dtype, epilogue):
+    emulated(sms=1, seed=h)
+    problem = _conv("conv_dgrad", n, h, w, 64, 128 if n == 2 else 64, 1, dtype, epilogue)
+    run = _launch(problem)
+    testing.check_operator(problem, run, torch.Generator().manual_seed(n), "cpu")
+    if epilogue == "add":
+        grad, weight, geometry, hw, _, addend, _ = testing.operator_arguments(
+            problem, torch.Generator().manual_seed(1), "cpu"
+        )
+        masked = Gradient(addend.g, reference.pack_mask(torch.randn(addend.g.shape) > 0))
+        arguments = grad, weight, geometry, hw, None, masked, 1
+        judge = reference.conv_dgrad(*testing.as_double(arguments))[0]
+        testing.assert_within_budget(run(*arguments)[0], judge, reference.conv_dgrad(*arguments)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("filters", [64, 128, 256])
+@pytest.mark.parametrize(("n", "h", "w", "stride"), [(1, 1, 1, 1), (3, 7, 7, 1), (2, 9, 11, 2), (3, 15, 16, 1)])
+def test_weight_gradient_on_the_emulated_machine(emulated, poison, n, h, w, stride, filters, dtype):
+    """Operands with the depth as rows; chunks of several, one and no full stage; warpgroups that take turns."""
+    emulated(seed=n)
+    problem = _conv("conv_wgrad", n, h, w, 64, filters, stride, dtype, "")
+    testing.check_operator(problem, _launch(problem), torch.Generator().manual_seed(h), "cpu")
+
+
+def test_weight_gradient_of_more_channels(emulated):
+    """Blocks for each 64 channels, rows of taps, and filters beyond a block's."""
+    problem = _conv("conv_wgrad", 1, 5, 6, 128, 192, 1, torch.bfloat16, "")
+    testing.check_operator(problem, _launch(problem), torch.Generator().manual_seed(0), "cpu")
+
+
+@pytest.mark.parametrize("launch", ["stats", "relu"])
+def test_partial_sums_do_not_depend_on_the_grid(emulated, launch):
+    """Neither on the SMs, nor on the order of threads, nor on the width of a tile."""
+    op, epilogue = ("conv_stats", "stats") if launch == "stats" else ("conv_dgrad", "relu")
+    problem = _conv(op, 3, 12, 12, 64, 128, 1, torch.bfloat16, epilogue)
+    arguments = testing.operator_arguments(problem, torch.Generator().manual_seed(0), "cpu")
+    results = []
+    for options in ({"sms": 1}, {"sms": 3, "seed": 5}, {"sms": 2, "seed": 9, "block_n": 64}):
+        emulated(**options)
+        results.append(_launch(problem)(*arguments))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_statistics_of_a_channel_far_from_zero(emulated):
+    """Mean 100, deviation 0.1: E[x^2] - E[x]^2 in fp32 would keep nothing of the variance."""
+    x = torch.zeros(2, 64, 8, 8).contiguous(memory_format=torch.channels_last)
+    x[:, 0] = 100.0
+    x[:, 1] = (torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.1).half().float()
+    w = torch.zeros(64, 64, 3, 3)
+    w[:, :2, 1, 1] = 1.0
+    problem = _conv("conv_stats", 2, 8, 8, 64, 64, 1, torch.float16, "stats")
+    _, partials = _launch(problem)(Deferred(x.half()), w.half(), Geometry(padding=(1, 1)))
+    count, mean, m2 = reference.merge_partials(partials.double())[0]
+    exact = x[:, :2].double().sum(1)
+    assert (count == 128).all()
+    torch.testing.assert_close(mean, exact.mean().expand(64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(m2, ((exact - exact.mean()) ** 2).sum().expand(64), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "h", "w"), [(1, 8, 8), (2, 9, 13), (1, 1, 1), (1, 17, 25), (3, 7, 7)])
+def test_bottleneck_on_the_emulated_machine(emulated, poison, n, h, w, dtype):
+    """Several tiles for each warpgroup, tiles beyond the border, borders on their own."""
+    emulated(sms=1, seed=n + h)
+    problem = replace(_conv("bottleneck_affine", n, h, w, 256, 64, 1, dtype, ""))
+    testing.check_operator(problem, _launch(problem), torch.Generator().manual_seed(h), "cpu")
+
+
+def test_bottleneck_pads_after_batchnorm_and_relu(emulated):
+    """With weights of one and shifts of one, a padded relu(shift) would count at the border."""
+    x = torch.zeros(1, 256, 9, 9, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    ones = [torch.ones(shape, dtype=torch.float16) for shape in ((64, 256, 1, 1), (64, 64, 3, 3), (256, 64, 1, 1))]
+    bn = [torch.ones(5, channels) for channels in (64, 64, 256)]
+    arguments = x, *(t for pair in zip(ones, bn) for t in pair), Geometry(padding=(1, 1))
+    problem = _conv("bottleneck_affine", 1, 9, 9, 256, 64, 1, torch.float16, "")
+    out = _launch(problem)(*arguments)
+    # A corner sees 4 of 9 taps, an edge 6: 64 * 64 * taps + 64 + 1.
+    assert out[0, 0, 0, 0] == 64 * (64 * 4 + 1) + 1 and out[0, 5, 0, 4] == torch.tensor(64 * (64 * 6 + 1) + 1.0).half()
+    assert torch.equal(out, reference.bottleneck_affine(*arguments))
+
+
+def test_identity_bottlenecks_run_in_one_kernel(emulated, monkeypatch):
+    """Under "cuda" an identity bottleneck of width 64 in eval is that one operator; any other says why not."""
+    monkeypatch.setattr(ops, "device_of", lambda x, impl: H100)
+    torch.manual_seed(0)
+    block = FusedBottleneck(256, 64).eval().to(torch.bfloat16).to(memory_format=torch.channels_last)
+    for i in (1, 2, 3):
+        bn = getattr(block, f"bn{i}").float()
+        torch.nn.init.uniform_(bn.running_mean, -1, 1)
+        torch.nn.init.uniform_(bn.running_var, 0.5, 2)
+    x = torch.randn(2, 256, 7, 9).to(torch.bfloat16, memory_format=torch.channels_last)
+    launched = []
+    launch = native.launch_bottleneck_affine
+    monkeypatch.setattr(native, "launch_bottleneck_affine", lambda *a, **k: launched.append(1) or launch(*a, **k))
+    with torch.no_grad(), use("cuda"):
+        out = block(x)
+    with torch.no_grad(), use("reference"):
+        peer = block(x)
+        judge = block.double()(x.double())
+    assert launched == [1]
+    testing.assert_within_budget(out, judge, peer)
+
+
+# On a GPU
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs an sm90 device"
+)
+DEVICE_PROBLEMS = [
+    *(
+        _conv(op, n, h, w, 64, 128, stride, dtype, epilogue)
+        for op, epilogue in (("conv_stats", "stats"), ("conv_affine", "affine"), ("conv_affine", "affine+residual"))
+        for dtype in DTYPES
+        for n, h, w, stride in MAPS
+    ),
+    *(
+        _conv("conv_dgrad", n, h, w, 64, 128, 1, dtype, epilogue)
+        for epilogue in ("relu", "add", "")
+        for dtype in DTYPES
+        for n, h, w, stride in MAPS
+        if stride == 1
+    ),
+    *(
+        _conv("bottleneck_affine", *shape, 256, 64, 1, dtype, "")
+        for dtype in DTYPES
+        for shape in ((1, 1, 1), (2, 9, 13), (3, 7, 7), (1, 8, 8), (4, 56, 56))
+    ),
+    # The layers of a ResNet-50, more tiles than SMs among them, and every width of a tile.
+    *(
+        _conv(op, 32, size, size, channels, channels, stride, torch.bfloat16, epilogue)
+        for op, epilogue in (("conv_stats", "stats"), ("conv_affine", "affine"), ("conv_dgrad", "relu"))
+        for size, channels, stride in ((56, 64, 1), (28, 128, 1), (56, 128, 2), (14, 256, 1), (7, 512, 1))
+        if not (op == "conv_dgrad" and stride == 2)
+    ),
+]
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("problem", DEVICE_PROBLEMS, ids=str)
+def test_kernels_on_the_device(problem, poison):
+    """The error budget against float64, borders on their own, outputs that start as NaN, and 50 times the same bits."""
+    run = _launch(problem)
+    testing.check_operator(problem, run, torch.Generator().manual_seed(0), "cuda")
+    arguments = testing.operator_arguments(problem, torch.Generator().manual_seed(1))
+    results = [testing.comparable(problem.op, run(*arguments)) for _ in range(50)]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_device_and_emulated_machine_agree_bit_by_bit_in_what_is_exact(machine, monkeypatch):
+    """Small integers have exact products and sums: whatever differs then lies in the wrong place."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-4, 5, (2, 128, 9, 11), generator=generator).to(torch.bfloat16)
+    w = torch.randint(-1, 2, (128, 128, 3, 3), generator=generator).to(torch.bfloat16)
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+    problem = _conv("conv_stats", *(2, 9, 11), 128, 128, 1, torch.bfloat16, "stats")
+    arguments = lambda device: (Deferred(x.to(device)), w.to(device), Geometry(padding=(1, 1)))  # noqa: E731
+    device = _launch(problem)(*arguments("cuda"))
+    monkeypatch.setattr(native, "_library", lambda: _EmulatedLibrary(machine, sms=2))
+    for got, expected in zip(device, _launch(problem)(*arguments("cpu"))):
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_maps_follow_a_tensor_to_new_memory():
+    """The cache of tensor maps goes by address: the same shape elsewhere must not read the old place."""
+    problem = _conv("conv_affine", 1, 9, 11, 64, 64, 1, torch.bfloat16, "affine")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        arguments = testing.operator_arguments(problem, generator)
+        judge = reference.conv_affine(*testing.as_double(arguments))
+        testing.assert_within_budget(_launch(problem)(*arguments), judge, reference.conv_affine(*arguments))
