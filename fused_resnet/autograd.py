@@ -406,8 +406,9 @@ def _chain_inference(
     """`chain_forward` for running statistics without gradients, nothing saved: one operator per convolution, or one
     for a whole identity bottleneck where there is such a kernel."""
     if _plain_bottleneck(units, options) and ops.fuses_bottleneck(options.impl, x, units[1].w, units[1].geometry):
-        tables = [t for unit in units for t in (unit.w.to(x.dtype), _finalize(unit, None, options.impl))]
-        return _op.bottleneck_affine(x, *tables, *units[1].geometry, options.impl)
+        weights = [unit.w.to(x.dtype) for unit in units]
+        frozen = map(list, zip(*((u.running_mean, u.running_var, u.gamma, u.beta, u.eps) for u in units)))
+        return _op.bottleneck_affine(x, weights, *frozen, *units[1].geometry, options.impl)
 
     def conv(unit: ConvBN, a: Tensor, side: Tensor | None, relu: bool) -> Tensor:
         frozen = unit.running_mean, unit.running_var, unit.gamma, unit.beta, unit.eps

@@ -35,6 +35,11 @@ def _conv_affine_flop(x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * _pixels(out_shape) * prod(w_shape)
 
 
+@register_flop_formula(_op.bottleneck_affine)
+def _bottleneck_flop(x_shape, w_shapes, *args, **kwargs) -> int:
+    return 2 * _pixels(x_shape) * sum(map(prod, w_shapes))
+
+
 @register_flop_formula(_op.conv1x1_join)
 def _join_flop(x_shape, bn_in, w_shape, bn, shortcut, w_shortcut=None, *args, out_shape=None, **kwargs) -> int:
     widths = prod(w_shape) + (prod(w_shortcut) if w_shortcut is not None else 0)

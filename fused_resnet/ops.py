@@ -190,12 +190,13 @@ def _(select, x, w, mean, var, gamma, beta, eps, residual, relu, stride, padding
 
 
 @_operator(
-    "bottleneck_affine(Tensor x, Tensor w1, Tensor bn1, Tensor w2, Tensor bn2, Tensor w3, Tensor bn3,"
-    f" {_GEOMETRY}, str impl) -> Tensor"
+    "bottleneck_affine(Tensor x, Tensor[] w, Tensor[] running_mean, Tensor[] running_var, Tensor?[] gamma,"
+    f" Tensor?[] beta, float[] eps, {_GEOMETRY}, str impl) -> Tensor"
 )
-def _(select, x, w1, bn1, w2, bn2, w3, bn3, stride, padding, dilation, groups, impl):
+def _(select, x, w, mean, var, gamma, beta, eps, stride, padding, dilation, groups, impl):
     geometry = Geometry(stride, padding, dilation, groups)
-    return select("bottleneck_affine", impl, x, geometry, w2.shape)(x, w1, bn1, w2, bn2, w3, bn3, geometry)
+    run = select("bottleneck_affine", impl, x, geometry, w[1].shape)
+    return run(x, tuple(w), tuple(map(Frozen, mean, var, gamma, beta, eps)), geometry)
 
 
 @_operator(f"bn_finalize(Tensor partials, {_AFFINE}, {_RUNNING}, float? momentum, float eps, str impl) -> Tensor")

@@ -23,6 +23,7 @@ Sources: Ioffe and Szegedy 2015 (BatchNorm, section 3), He et al. 2015 (residual
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -237,19 +238,17 @@ def conv_affine(x: Tensor, w: Tensor, bn: Frozen, residual: Tensor | None, relu:
     return channels_last((out.relu_() if relu else out).to(x.dtype))
 
 
-def bottleneck_affine(
-    x: Tensor, w1: Tensor, bn1: Tensor, w2: Tensor, bn2: Tensor, w3: Tensor, bn3: Tensor, geometry: Geometry
-) -> Tensor:
+def bottleneck_affine(x: Tensor, weights: Sequence[Tensor], bns: Sequence[Frozen], geometry: Geometry) -> Tensor:
     """A whole identity bottleneck for inference: out = relu(bn3(a2 W3) + x), like x.
 
         a1 = relu(bn1(x W1))        a2 = relu(bn2(conv(a1, W2)))
 
-    x [N, 4C, H, W], w1 [C, 4C, 1, 1], w2 [C, C, 3, 3] with ``geometry``, which keeps H and W, w3 [4C, C, 1, 1]; a1 and
-    a2 are rounded to the dtype of x. Zero padding applies to a1, after its BatchNorm and ReLU.
+    x [N, 4C, H, W], weights W1 [C, 4C, 1, 1], W2 [C, C, 3, 3] with `geometry`, which keeps H and W, W3 [4C, C, 1, 1];
+    a1 and a2 are rounded to the dtype of x. Zero padding applies to a1, after its BatchNorm and ReLU.
     """
-    a1 = conv_affine(Deferred(x), w1, bn1, None, True, Geometry())
-    a2 = conv_affine(Deferred(a1), w2, bn2, None, True, geometry)
-    return conv_affine(Deferred(a2), w3, bn3, x, True, Geometry())
+    a1 = conv_affine(x, weights[0], bns[0], None, True, Geometry())
+    a2 = conv_affine(a1, weights[1], bns[1], None, True, geometry)
+    return conv_affine(a2, weights[2], bns[2], x, True, Geometry())
 
 
 def bn_act(a: Deferred, relu: bool) -> Tensor:

@@ -197,10 +197,9 @@ class _Samples:
 
     def bottleneck_affine(self):
         c, k = self.p.c, self.p.k
-        vectors = self._vectors(k), self._vectors(k), self._vectors(c)
+        frozen = tuple(random_frozen(channels, self.generator, self.device) for channels in (k, k, c))
         middle = self._weight(k, k // self.p.groups, self.p.r, self.p.s)
-        weights = self._weight(k, c), middle, self._weight(c, k)
-        return self._map(self.input), *(t for pair in zip(weights, vectors) for t in pair), self.geometry
+        return self._map(self.input), (self._weight(k, c), middle, self._weight(c, k)), frozen, self.geometry
 
     def conv1x1_join(self):
         a, w, bn = (

@@ -365,8 +365,9 @@ def test_bottleneck_pads_after_batchnorm_and_relu(emulated):
     """With weights of one and shifts of one, a padded relu(shift) would count at the border."""
     x = torch.zeros(1, 256, 9, 9, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     ones = [torch.ones(shape, dtype=torch.float16) for shape in ((64, 256, 1, 1), (64, 64, 3, 3), (256, 64, 1, 1))]
-    bn = [torch.ones(5, channels) for channels in (64, 64, 256)]
-    arguments = x, *(t for pair in zip(ones, bn) for t in pair), Geometry(padding=(1, 1))
+    # mean 0, var 1, gamma 1 and beta 1: scale and shift of one.
+    vectors = [[torch.full((channels,), value) for value in (0.0, 1.0, 1.0, 1.0)] for channels in (64, 64, 256)]
+    arguments = x, ones, [reference.Frozen(*four, 0.0) for four in vectors], Geometry(padding=(1, 1))
     problem = _conv("bottleneck_affine", 1, 9, 9, 256, 64, 1, torch.float16, "")
     out = _launch(problem)(*arguments)
     # A corner sees 4 of 9 taps, an edge 6: 64 * 64 * taps + 64 + 1.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import fused_resnet
 from fused_resnet import autograd, functional, modules, plan, testing
@@ -40,7 +41,12 @@ def _samples():
         yield "conv_stats", _flat(_conv("conv_stats", r, stride, prologue=prologue))
         yield "conv_affine", _flat(_conv("conv_affine", r, stride, epilogue="affine+residual"))
         yield "conv_wgrad", _flat(_conv("conv_wgrad", r, stride, prologue=prologue))
-    yield "bottleneck_affine", _flat(_conv("bottleneck_affine", 3, c=36, k=9))
+    problem = _conv("bottleneck_affine", 3, c=36, k=9)
+    x, weights, bns, geometry = testing.operator_arguments(problem, torch.Generator().manual_seed(0), "cpu")
+    yield (
+        "bottleneck_affine",
+        [x, list(weights), *map(list, zip(*bns)), *map(list, geometry[:3]), geometry.groups],
+    )
     for r, epilogue in ((1, "add"), (3, "relu"), (3, "")):
         g, w, geometry, hw, relu_of, addend, stride = testing.operator_arguments(
             _conv("conv_dgrad", r, prologue=r == 1, epilogue=epilogue), torch.Generator().manual_seed(0), "cpu"
@@ -86,9 +92,9 @@ def _results(call, arguments):
 
 
 def _assert_fakes_announce(call, arguments):
-    real = _results(call, [t.clone() if isinstance(t, torch.Tensor) else t for t in arguments])
+    real = _results(call, tree_map_only(torch.Tensor, torch.clone, arguments))
     with FakeTensorMode() as mode:
-        fakes = _results(call, [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in arguments])
+        fakes = _results(call, tree_map_only(torch.Tensor, mode.from_tensor, arguments))
     for a, b in zip(real, fakes):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 

@@ -11,7 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import empty_mask, empty_rows, require_like, require_mask, require_rows, require_vectors, tap_major
+from . import (
+    empty_mask,
+    empty_rows,
+    require_frozen,
+    require_like,
+    require_mask,
+    require_rows,
+    require_vectors,
+    tap_major,
+)
 
 _FILE = "_C.abi3.so"
 
@@ -106,14 +115,17 @@ def launch_conv3x3_stats(a, w, geometry, plan):
     return out, partials
 
 
-def launch_conv3x3_affine(a, w, bn, residual, relu, geometry, plan):
-    """out = conv(a, w) * scale + shift [+ residual] [relu]; a: Deferred(x, None), residual [N, K, P, Q] or None."""
-    x, stride = _written(a), _require_geometry(geometry, (1, 2))
+def launch_conv3x3_affine(x, w, bn, residual, relu, geometry, plan):
+    """out = conv(x, w) * scale + shift [+ residual] [relu]; residual [N, K, P, Q] or None.
+
+    bn: Frozen(mean, var, gamma | None, beta | None, eps), running statistics [K].
+    """
+    stride = _require_geometry(geometry, (1, 2))
     out = _conv3x3_output(x, w, stride)
-    require_vectors("bn", bn, 5, w.shape[0])
+    table = launch_bn_frozen(*require_frozen(bn, w.shape[0]), plan)
     if residual is not None:
         require_like("residual", residual, out)
-    _library().conv3x3_affine_sm90(x, tap_major(w), bn, residual, None, relu, stride, out)
+    _library().conv3x3_affine_sm90(x, tap_major(w), table, residual, None, relu, stride, out)
     return out
 
 
@@ -185,16 +197,17 @@ def launch_conv3x3_wgrad(a, grad, w_shape, geometry, plan):
     return dw.permute(0, 3, 1, 2)
 
 
-def launch_bottleneck_affine(x, w1, bn1, w2, bn2, w3, bn3, geometry, plan):
+def launch_bottleneck_affine(x, weights, bns, geometry, plan):
     """out = relu(bn3(a2 W3) + x) of an identity bottleneck, x [N, 256, H, W], in one kernel; `reference` has the rest.
 
-    w1 [64, 256, 1, 1], w2 [64, 64, 3, 3], w3 [256, 64, 1, 1], bn1, bn2 [5, 64], bn3 [5, 256].
+    weights [64, 256, 1, 1], [64, 64, 3, 3], [256, 64, 1, 1]; bns: Frozen of 64, 64 and 256 channels.
     """
     _require_geometry(geometry, (1,))
-    for name, w, shape in (("w1", w1, (64, 256, 1, 1)), ("w2", w2, (64, 64, 3, 3)), ("w3", w3, (256, 64, 1, 1))):
+    for i, (w, shape) in enumerate(zip(weights, ((64, 256, 1, 1), (64, 64, 3, 3), (256, 64, 1, 1)))):
         if tuple(w.shape) != shape or w.dtype != x.dtype:
-            raise ValueError(f"{name} is {tuple(w.shape)} {w.dtype}; expected {shape} {x.dtype}")
+            raise ValueError(f"weights[{i}] is {tuple(w.shape)} {w.dtype}; expected {shape} {x.dtype}")
     out = empty_rows(*require_rows("x", x).shape, like=x)
-    pointwise = [w.flatten(1).contiguous() for w in (w1, w3)]
-    _library().bottleneck_affine_sm90(x, pointwise[0], bn1, tap_major(w2), bn2, pointwise[1], bn3, out)
+    tables = [launch_bn_frozen(*require_frozen(bn, w.shape[0]), plan) for w, bn in zip(weights, bns)]
+    matrices = [tap_major(w).reshape(shape) for w, shape in zip(weights, ((64, 256), (64, 3, 3, 64), (256, 64)))]
+    _library().bottleneck_affine_sm90(x, *(t for pair in zip(matrices, tables) for t in pair), out)
     return out
