@@ -268,7 +268,8 @@ def draw(content: dict, path: Path) -> None:
         axis.set_xlabel("iteration")
         axis.legend(fontsize=8)
         last = sorted((n["depth"], n["train_error"][-1]) for n in networks if n["shortcut"] == kind)
-        axes[-1].plot(*zip(*last), marker="o", label="plain" if kind == "plain" else f"shortcut {kind}")
+        marker, color = "oxs^"[SHORTCUTS.index(kind)], f"{0.25 * SHORTCUTS.index(kind)}"  # colours stand for depths
+        axes[-1].plot(*zip(*last), marker=marker, color=color, label=axis.get_title())
     axes[0].set_ylabel("error (%): training dashed, test solid")
     axes[-1].set_title("training error, last epoch")
     axes[-1].set_xlabel("layers")

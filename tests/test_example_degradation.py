@@ -14,7 +14,8 @@ from examples.degradation import PRESETS, Settings
 
 RESULTS = Path(__file__).parent.parent / "examples" / "results"
 SMALL = ["--depths", "8", "--iterations", "84"]  # one epoch is 41
-BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # matplotlib's first two colours
+# matplotlib's first two colours: the curves of the first two depths.
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
 
 
 def _read(folder):
@@ -131,9 +132,7 @@ def test_small_run_writes_curves_picture_costs_and_environment(tmp_path, capsys)
         assert all(0 <= e <= 100 for e in network["train_error"] + network["test_error"])
         assert network["train_error"][1] < network["train_error"][0] - 20
         assert network["environment"]["torch"] == torch.__version__ and network["seconds"] > 0
-    # Blue: the curves of the one depth, and plain in the last panel, where shortcut A is orange.
     assert _pixels(tmp_path / "degradation.png", BLUE) > 300
-    assert _pixels(tmp_path / "degradation.png", ORANGE) > 20
     assert {f.name for f in tmp_path.iterdir()} == {"degradation.json", "degradation.png"}
     out = capsys.readouterr().out
     assert re.search(r"^ +8 +A +75,290 ", out, re.M) and "ResNet-152" in out
@@ -284,4 +283,4 @@ def test_committed_result_is_that_of_the_default_run():
     plain = [errors["plain", depth] for depth in preset.depths]
     assert plain == sorted(plain) and plain[-1] > 20
     assert max(errors["A", depth] for depth in preset.depths) < 1
-    assert _pixels(RESULTS / "degradation.png", BLUE) > 300
+    assert min(_pixels(RESULTS / "degradation.png", color) for color in (BLUE, ORANGE)) > 300
