@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_resnet
+from fused_resnet import reference
 
 # The samples of test_ops: 2 images of 5 x 7 pixels, 35 channels to 24; in their order.
 _PIXELS, _STRIDED, _PRODUCT = 2 * 5 * 7, 2 * 3 * 4, 35 * 24
@@ -198,15 +199,22 @@ def test_saved_bytes_of_one_block_by_hand():
 
 
 @pytest.mark.parametrize("op", sorted({op for op, _ in SAMPLES}))
-def test_every_operator_reports_its_multiply_adds(op):
-    """Those with matrix products by hand; the others are element by element, and count nothing."""
+def test_every_operator_reports_its_multiply_adds(op, monkeypatch):
+    """Those with matrix products by hand. The others count nothing, and their references multiply no matrices."""
+    function, calls = getattr(reference, op), []
+    monkeypatch.setattr(reference, op, lambda *arguments: calls.append(arguments) or function(*arguments))
     counts = []
     for name, arguments in SAMPLES:
         if name == op:
             with FlopCounterMode(display=False) as counter:
                 getattr(torch.ops.fused_resnet, op)(*arguments, "reference")
             counts.append(counter.get_total_flops() / 2)
+    assert len(calls) == len(counts)
     assert counts == MULTIPLY_ADDS.get(op, [0] * len(counts))
+    for arguments in calls:
+        with FlopCounterMode(display=False) as counter:
+            function(*arguments)
+        assert (counter.get_total_flops() > 0) == (op in MULTIPLY_ADDS)
 
 
 def test_flop_counter_knows_every_convolution_of_the_fused_chain():
