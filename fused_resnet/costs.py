@@ -67,6 +67,20 @@ def _cross_flop(x_shape, bn_in, g_shape, *args, **kwargs) -> int:
     return 2 * _pixels(g_shape) * x_shape[1] * g_shape[1]
 
 
+@register_flop_formula(_op.moments_finalize)
+def _finalize_flop(gram_shape, w_shape, *args, **kwargs) -> int:
+    """Cov W: it does not grow with the batch."""
+    n, k = w_shape[:2]
+    return 2 * k * k * n
+
+
+@register_flop_formula(_op.moments_weights)
+def _weights_flop(cross_shape, gram_shape, w_shape, *args, **kwargs) -> int:
+    """M W and W diag(B) W^T, as large."""
+    n, k = w_shape[:2]
+    return 2 * 2 * k * k * n
+
+
 @register_flop_formula(_op.conv1x1_dgrad_moments)
 def _dgrad_moments_flop(dout_shape, mask, w_g_shape, x_shape, bn_in, w_a_shape, *args, **kwargs) -> int:
     return 2 * _pixels(dout_shape) * (prod(w_g_shape) + prod(w_a_shape))
@@ -159,8 +173,9 @@ def profile(
         input_size: [N, C, H, W] of the input. dtype: of the input and all parameters.
 
     Nothing is computed and the model stays as it is. Multiply-adds follow He et al. 2015, table 1: half the FLOPs of
-    convolutions and linear layers. The fused chain may count more of them: moments of a 1x1 convolution's input, and
-    recomputation in backward.
+    convolutions and linear layers. The fused chain may count more of them in training: moments of a 1x1 convolution's
+    input, and the products with them that replace reading its output. Some of those do not grow with the batch, and
+    weigh on a small one. A stem that runs as one operator counts as the model's own line.
     """
     x = torch.empty(input_size, dtype=dtype, device="meta")
     macs, saved = _measure(model, x, "auto")
