@@ -1,0 +1,1 @@
+"""Programs over the package, run from the repository's folder with `python -m examples.NAME`."""
