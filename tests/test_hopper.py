@@ -417,6 +417,11 @@ DEVICE_PROBLEMS = [
         if stride == 1
     ),
     *(
+        _conv("conv_wgrad", n, h, w, 128, filters, stride, dtype, "")
+        for dtype, filters in zip(DTYPES * 2, (64, 128, 256, 192))
+        for n, h, w, stride in MAPS
+    ),
+    *(
         _conv("bottleneck_affine", *shape, 256, 64, 1, dtype, "")
         for dtype in DTYPES
         for shape in ((1, 1, 1), (2, 9, 13), (3, 7, 7), (1, 8, 8), (4, 56, 56))
@@ -424,7 +429,12 @@ DEVICE_PROBLEMS = [
     # The layers of a ResNet-50, more tiles than SMs among them, and every width of a tile.
     *(
         _conv(op, 32, size, size, channels, channels, stride, torch.bfloat16, epilogue)
-        for op, epilogue in (("conv_stats", "stats"), ("conv_affine", "affine"), ("conv_dgrad", "relu"))
+        for op, epilogue in (
+            ("conv_stats", "stats"),
+            ("conv_affine", "affine"),
+            ("conv_dgrad", "relu"),
+            ("conv_wgrad", ""),
+        )
         for size, channels, stride in ((56, 64, 1), (28, 128, 1), (56, 128, 2), (14, 256, 1), (7, 512, 1))
         if not (op == "conv_dgrad" and stride == 2)
     ),

@@ -1,4 +1,4 @@
-"""What each kernel of the compiled C++/CUDA library can run: limits with reasons."""
+"""What each kernel of the compiled C++/CUDA library can run, as limits with reasons."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _sm90_unsupported(problem: Problem, device: Device) -> str | None:
     if problem.dtype not in ("bfloat16", "float16"):
         return f"{problem.dtype}: the kernel multiplies 16-bit values"
     if (problem.r, problem.s) != (3, 3):
-        return f"no {problem.r}x{problem.s} kernel"
+        return f"no {problem.r}x{problem.s} kernel in the CUDA library"
     if problem.padding != (1, 1) or problem.dilation != (1, 1):
         return f"padding {problem.padding}, dilation {problem.dilation}: the kernel has (1, 1) of both"
     if problem.groups != 1:
