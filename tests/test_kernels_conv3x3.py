@@ -252,7 +252,7 @@ def test_wgrad_in_several_chunks(generator, device):
     g = random_activation((4, 18, 25, 23), torch.float32, generator, mean=0.1, device=device)
     geometry, shape = Geometry(padding=(1, 1)), (18, 5, 3, 3)
     plan = Plan("triton", TileConfig(32, 16, 64, 4, 2), "test")
-    assert conv3x3_grad._wgrad_chunks(shape, 2300) == 5
+    assert conv3x3_grad.wgrad_chunks(shape, 2300) == 5
     dw = conv3x3_grad.launch_conv3x3_wgrad(Deferred(x), Gradient(g), shape, geometry, plan)
     again = conv3x3_grad.launch_conv3x3_wgrad(Deferred(x), Gradient(g), shape, geometry, plan)
     assert torch.equal(dw, again)

@@ -61,6 +61,43 @@ def require_mask(mask: Tensor, like: Tensor) -> Tensor:
     return mask
 
 
+def require_deferred(name: str, a) -> None:
+    """ValueError unless ``a`` is Deferred(c, bn | None): rows, and their [5, C] vectors."""
+    require_rows(name, a.c)
+    if a.bn is not None:
+        require_vectors(f"{name}.bn", a.bn, 5, a.c.shape[1])
+
+
+def require_gradient(grad) -> tuple[Tensor | None, ...]:
+    """(g, mask, c, coef) of a deferred gradient, c only where coef asks for it, if they fit together; ValueError."""
+    g, mask, c, coef = grad
+    require_rows("g", g)
+    if mask is not None:
+        require_mask(mask, g)
+    if coef is None:
+        return g, mask, None, None
+    return g, mask, require_like("c", c, g), require_vectors("coef", coef, 3, g.shape[1])
+
+
+def require_addend(addend, stride: int, like: Tensor) -> None:
+    """ValueError unless ``addend`` is a Gradient(g, mask) on every stride-th row and column of ``like``."""
+    shape = (*like.shape[:2], *(-(-extent // stride) for extent in like.shape[2:]))
+    if tuple(require_rows("addend", addend.g).shape) != shape or addend.g.dtype != like.dtype:
+        raise ValueError(f"addend is {tuple(addend.g.shape)} {addend.g.dtype}; expected {shape} {like.dtype}")
+    if addend.mask is not None:
+        require_mask(addend.mask, addend.g)
+    if addend.coef is not None:
+        raise ValueError("the addend must be written out; only its mask may be deferred")
+
+
+def require_pointwise(geometry) -> int:
+    """The stride of a 1x1 convolution without padding or groups; ValueError for any other geometry."""
+    stride, padding = tuple(geometry.stride), tuple(geometry.padding)
+    if padding != (0, 0) or geometry.groups != 1 or stride[0] != stride[1]:
+        raise ValueError(f"not a plain 1x1 convolution: {geometry}")
+    return stride[0]
+
+
 def require_pixels(x: Tensor, pixels: int) -> None:
     """Raise ValueError unless the pixels of ``x``, and the count ``pixels``, stay below 2^31: indices are 32-bit."""
     if max(x.shape[0] * x.shape[2] * x.shape[3], pixels) >= 2**31:
@@ -91,6 +128,28 @@ def input_precision(dtype: torch.dtype) -> str:
     if switch == "none":
         switch = torch.backends.cudnn.fp32_precision
     return "tf32" if switch == "tf32" else "ieee"
+
+
+def tile_options(config) -> dict[str, int]:
+    """Tile extents and launch parameters of a matrix product, by name."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def wgrad_chunks(w_shape: tuple[int, ...], pixels: int) -> int:
+    """Into how many chunks a weight gradient splits its pixels: about 1024 programs of 64 x 64 values, or 256 chunks.
+
+    1024 fill any present card several times over; with these chunks, of 512 pixels or more, the partial results stay
+    below 17 MB.
+    """
+    k, c, r, s = w_shape
+    programs = -(-k // 64) * -(-c // 64) * r * s
+    return max(1, min(1024 // programs, 256, -(-pixels // 512)))
 
 
 def convolution_constants(w_shape: tuple[int, ...], geometry) -> dict[str, int]:

@@ -20,6 +20,8 @@ from . import (
     empty_mask,
     empty_rows,
     on_device_of,
+    require_deferred,
+    require_gradient,
     require_like,
     require_mask,
     require_partials,
@@ -383,12 +385,6 @@ def launch_bn_frozen(running_mean, running_var, gamma, beta, eps, plan):
     return bn
 
 
-def _check_deferred(name: str, a) -> None:
-    require_rows(name, a.c)
-    if a.bn is not None:
-        require_vectors(f"{name}.bn", a.bn, 5, a.c.shape[1])
-
-
 def launch_affine(c, bn, shortcut, shortcut_bn, mask, relu, plan):
     """out = relu?(c * scale + shift [+ s]) in the dtype of c, [N, C, H, W]; s the shortcut or its affine.
 
@@ -415,21 +411,21 @@ def launch_affine(c, bn, shortcut, shortcut_bn, mask, relu, plan):
 
 def launch_bn_act(a, relu, plan):
     """y = relu?(c * scale + shift) written out, [N, C, H, W] in the dtype of c; a.bn None: relu?(c)."""
-    _check_deferred("a", a)
+    require_deferred("a", a)
     return launch_affine(*a, None, None, None, relu, plan)
 
 
 def launch_bn_join(main, shortcut, plan):
     """out = relu(c * scale + shift + s), s = shortcut.c or its BatchNorm; and the bits out > 0."""
-    _check_deferred("main", main)
-    _check_deferred("shortcut", shortcut)
+    require_deferred("main", main)
+    require_deferred("shortcut", shortcut)
     require_like("shortcut", shortcut.c, main.c)
     mask = empty_mask(main.c)
     return launch_affine(*main, *shortcut, mask, True, plan), mask
 
 
 def _launch_sums(g, mask, main, shortcut, masked, plan):
-    _check_deferred("c", main)
+    require_deferred("c", main)
     require_like("gradient", g, main.c)
     if main.bn is None:
         raise ValueError("sums of a gradient are taken against a BatchNorm; there is none")
@@ -498,20 +494,14 @@ def launch_bn_backward_finalize(sums, bn, total, plan):
 
 def launch_bn_backward_apply(grad, plan):
     """dc = A * (g where mask) + B * c + C in the dtype of g; mask None: all of g; coef None: g where mask."""
-    g, mask, c, coef = grad.g, grad.mask, grad.c, grad.coef
-    require_rows("g", g)
-    if mask is not None:
-        require_mask(mask, g)
-    if coef is not None:
-        require_like("c", c, g)
-        require_vectors("coef", coef, 3, g.shape[1])
+    g, mask, c, coef = require_gradient(grad)
     out = empty_rows(*g.shape, like=g)
     if out.numel():
         with on_device_of(g):
             _bn_backward_apply_kernel[_tile_grid(g, plan.config)](
                 g,
                 mask,
-                c if coef is not None else None,
+                c,
                 coef,
                 out,
                 _pixels(g),

@@ -29,6 +29,7 @@ from . import (
     on_device_of,
     require_frozen,
     require_like,
+    require_pointwise,
     require_rows,
     require_vectors,
 )
@@ -37,23 +38,13 @@ from .epilogue import (
     BN_SHIFT,
     affine,
     frozen_vectors,
+    input_rows,
     load_vector,
     merge_statistics,
     relu,
     store_mask,
     tile_statistics,
 )
-
-
-@triton.jit
-def _input_rows(rows, in_h, in_w, out_h, out_w, STRIDE: tl.constexpr):
-    """int64 input pixel of each output pixel ``rows`` [M]. Pixel counts stay below 2^31, element counts may not."""
-    if STRIDE == 1:
-        return rows.to(tl.int64)
-    image = rows // (out_h * out_w)
-    p = rows // out_w % out_h
-    q = rows % out_w
-    return ((image * in_h + p * STRIDE) * in_w + q * STRIDE).to(tl.int64)
 
 
 @triton.jit
@@ -139,7 +130,7 @@ def _conv1x1_fwd_kernel(
         rows = row0 + tl.arange(0, BLOCK_M)
         valid_rows = rows < stop
         if shortcut_ptr is None:
-            a_rows = _input_rows(rows, in_h, in_w, out_h, out_w, STRIDE)
+            a_rows = input_rows(rows, in_h, in_w, out_h, out_w, STRIDE)
         else:
             a_rows = rows.to(tl.int64)
         acc = _gemm_tile(
@@ -176,7 +167,7 @@ def _conv1x1_fwd_kernel(
                 shortcut_ptr,
                 None,
                 shortcut_w_ptr,
-                _input_rows(rows, in_h, in_w, out_h, out_w, STRIDE),
+                input_rows(rows, in_h, in_w, out_h, out_w, STRIDE),
                 valid_rows,
                 cols,
                 gemm_n,
@@ -202,14 +193,6 @@ def _conv1x1_fwd_kernel(
         tl.store(row_ptr, tl.zeros((BLOCK_N,), dtype=tl.float32) + count, mask=cols < gemm_n)
         tl.store(row_ptr + gemm_n, mean, mask=cols < gemm_n)
         tl.store(row_ptr + 2 * gemm_n, m2, mask=cols < gemm_n)
-
-
-def _check_geometry(geometry) -> int:
-    """The stride of a 1x1 convolution without padding or groups; ValueError for any other geometry."""
-    stride, padding = tuple(geometry.stride), tuple(geometry.padding)
-    if padding != (0, 0) or geometry.groups != 1 or stride[0] != stride[1]:
-        raise ValueError(f"not a plain 1x1 convolution: {geometry}")
-    return stride[0]
 
 
 def _check_operands(name: str, x, w) -> None:
@@ -287,7 +270,7 @@ def launch_conv1x1_stats(a, w, geometry, plan):
     a: Deferred(c [N, K, H, W], bn [5, K] | None); w [N_out, K, 1, 1]. Returns (c [N, N_out, P, Q] in a's dtype,
     partials [T, 3, N_out] fp32: count, mean and M2 of the accumulators over each chunk of pixels).
     """
-    stride = _check_geometry(geometry)
+    stride = require_pointwise(geometry)
     _check_operands("a", a.c, w)
     if a.bn is not None:
         require_vectors("a.bn", a.bn, 5, a.c.shape[1])
@@ -302,7 +285,7 @@ def launch_conv1x1_affine(x, w, bn, residual, relu, geometry, plan):
 
     bn: Frozen(mean, var, gamma | None, beta | None, eps), running statistics [N_out] in any floating dtype.
     """
-    stride = _check_geometry(geometry)
+    stride = require_pointwise(geometry)
     _check_operands("x", x, w)
     frozen = require_frozen(bn, w.shape[0])
     out = _output(x, w, stride)

@@ -36,22 +36,26 @@ from . import (
     input_precision,
     on_device_of,
     output_hw,
+    require_addend,
     require_like,
-    require_mask,
     require_pixels,
     require_rows,
     require_vectors,
     tap_major,
+    tile_options,
+    wgrad_chunks,
 )
 from .epilogue import (
-    BN_MEAN,
-    BN_RSTD,
     BN_SCALE,
     BN_SHIFT,
+    add_chunks,
+    add_sums,
     affine,
     load_addend,
     load_vector,
     relu,
+    relu_backward,
+    store_sums,
 )
 
 
@@ -181,9 +185,8 @@ def _conv3x3_dgrad_kernel(
     first_tile = chunk * program_tiles
     tiles = tl.cdiv(super_pixels, BLOCK_M) * (STRIDE_H * STRIDE_W)
     if sums_ptr is not None:
-        # In memory for the same reason as the statistics of the forward kernel: registers.
         sums_row_ptr = sums_ptr + chunk.to(tl.int64) * 2 * channels + cols
-        _store_sums(sums_row_ptr, tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32), cols, channels)
+        store_sums(sums_row_ptr, tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32), cols, channels)
     for tile in tl.range(first_tile, tl.minimum(first_tile + program_tiles, tiles), disable_licm=True):
         phase = tile % (STRIDE_H * STRIDE_W)
         row0 = tile // (STRIDE_H * STRIDE_W) * BLOCK_M
@@ -228,25 +231,9 @@ def _conv3x3_dgrad_kernel(
             )
         if relu_ptr is not None:
             c = tl.load(relu_ptr + elements, mask=valid, other=0.0).to(tl.float32)
-            scale = load_vector(relu_bn_ptr, BN_SCALE, channels, cols)
-            shift = load_vector(relu_bn_ptr, BN_SHIFT, channels, cols)
-            acc = tl.where(valid & (affine(c, scale, shift) > 0), acc, 0.0)
-            mean = load_vector(relu_bn_ptr, BN_MEAN, channels, cols)
-            rstd = load_vector(relu_bn_ptr, BN_RSTD, channels, cols)
-            sum_x = tl.load(sums_row_ptr + channels, mask=cols < channels, other=0.0)
-            sum_x += tl.sum(acc * (c - mean[None, :]), axis=0) * rstd
-            sum_g = tl.load(sums_row_ptr, mask=cols < channels, other=0.0) + tl.sum(acc, axis=0)
-            _store_sums(sums_row_ptr, sum_g, sum_x, cols, channels)
+            acc, sum_g, sum_x = relu_backward(acc, c, relu_bn_ptr, valid_rows, cols, channels)
+            add_sums(sums_row_ptr, sum_g, sum_x, cols, channels)
         tl.store(dx_ptr + elements, acc.to(dx_ptr.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def _store_sums(row_ptr, sum_g, sum_x, cols, channels):
-    """Store a row (sum g, sum g * xhat) for this program's own later loads, too: hence the barriers around it."""
-    tl.debug_barrier()
-    tl.store(row_ptr, sum_g, mask=cols < channels)
-    tl.store(row_ptr + channels, sum_x, mask=cols < channels)
-    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["in_h", "in_w", "out_h", "out_w", "pixels", "chunk_pixels"])
@@ -334,17 +321,6 @@ def _conv3x3_wgrad_kernel(
     tl.store(dw_ptr + elements, acc, mask=(ks < gemm_m)[:, None] & (cols < channels)[None, :])
 
 
-@triton.jit
-def _conv3x3_wgrad_reduce_kernel(parts_ptr, dw_ptr, chunks, elements, BLOCK: tl.constexpr):
-    """dw [elements] = the sum over chunks of parts [chunks, elements], in order."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for chunk in range(chunks):
-        offset = tl.cast(chunk, tl.int64) * elements
-        total += tl.load(parts_ptr + offset + index, mask=index < elements, other=0.0)
-    tl.store(dw_ptr + index, total, mask=index < elements)
-
-
 def _require_written(grad) -> None:
     """ValueError for a deferred gradient: every tap would rebuild it from three tensors."""
     if grad.mask is not None or grad.coef is not None:
@@ -357,16 +333,6 @@ def _check_gradient(g, w_shape, geometry, image) -> None:
     out_hw = output_hw(image[2:], w_shape, geometry)
     if tuple(g.shape) != (image[0], w_shape[0], *out_hw):
         raise ValueError(f"g is {tuple(g.shape)}; expected {(image[0], w_shape[0], *out_hw)}")
-
-
-def _tile_options(config) -> dict:
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
 
 
 def launch_conv3x3_dgrad(grad, w, geometry, input_hw, relu_of, addend, addend_stride, plan):
@@ -389,13 +355,7 @@ def launch_conv3x3_dgrad(grad, w, geometry, input_hw, relu_of, addend, addend_st
         require_like("relu_of", relu_of.c, dx)
         require_vectors("relu_of.bn", relu_of.bn, 5, c)
     if addend is not None:
-        grid_shape = (n, c, *(-(-extent // addend_stride) for extent in input_hw))
-        if tuple(require_rows("addend", addend.g).shape) != grid_shape or addend.g.dtype != g.dtype:
-            raise ValueError(f"addend is {tuple(addend.g.shape)} {addend.g.dtype}; expected {grid_shape} {g.dtype}")
-        if addend.mask is not None:
-            require_mask(addend.mask, addend.g)
-        if addend.coef is not None:
-            raise ValueError("the addend must be written out; only its mask may be deferred")
+        require_addend(addend, addend_stride, dx)
 
     (stride_h, stride_w), _, dilation = geometry[:3]
     super_pixels = n * triton.cdiv(in_h, stride_h) * triton.cdiv(in_w, stride_w)
@@ -429,19 +389,9 @@ def launch_conv3x3_dgrad(grad, w, geometry, input_hw, relu_of, addend, addend_st
                 STEP_H=stride_h // math.gcd(stride_h, dilation[0]),
                 STEP_W=stride_w // math.gcd(stride_w, dilation[1]),
                 INPUT_PRECISION=input_precision(g.dtype),
-                **_tile_options(config),
+                **tile_options(config),
             )
     return dx, sums
-
-
-def _wgrad_chunks(w_shape, pixels: int) -> int:
-    """Into how many chunks the pixels are split: about 1024 programs of 64 x 64 values, 512 pixels or more in each.
-
-    1024 fill any present card several times over, and with these chunks the partial results stay below 17 MB.
-    """
-    k, c, r, s = w_shape
-    programs = triton.cdiv(k, 64) * triton.cdiv(c, 64) * r * s
-    return max(1, min(1024 // programs, triton.cdiv(pixels, 512)))
 
 
 def launch_conv3x3_wgrad(a, grad, w_shape, geometry, plan):
@@ -460,7 +410,7 @@ def launch_conv3x3_wgrad(a, grad, w_shape, geometry, plan):
         require_vectors("a.bn", a.bn, 5, c)
     _check_gradient(g, w_shape, geometry, a.c.shape)
     pixels = g.shape[0] * g.shape[2] * g.shape[3]
-    chunks = _wgrad_chunks(w_shape, pixels)
+    chunks = wgrad_chunks(w_shape, pixels)
     chunk_pixels = triton.cdiv(triton.cdiv(pixels, chunks), config.block_k) * config.block_k
     require_pixels(a.c, chunks * chunk_pixels + config.block_k)
     dw = torch.empty((k, r, s, c), dtype=torch.float32, device=g.device)
@@ -479,11 +429,8 @@ def launch_conv3x3_wgrad(a, grad, w_shape, geometry, plan):
             chunk_pixels,
             **convolution_constants(w_shape, geometry),
             INPUT_PRECISION=input_precision(g.dtype),
-            **_tile_options(config),
+            **tile_options(config),
         )
         if chunks > 1:
-            block = 512
-            _conv3x3_wgrad_reduce_kernel[(triton.cdiv(dw.numel(), block),)](
-                parts, dw, chunks, dw.numel(), BLOCK=block, num_warps=4, num_stages=2
-            )
+            add_chunks(parts, dw)
     return dw.permute(0, 3, 1, 2)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import bn as passes
-from . import on_device_of, require_frozen, require_like, require_mask, require_rows, require_vectors
+from . import on_device_of, require_addend, require_frozen, require_like, require_rows, require_vectors
 from .epilogue import BN_MEAN, BN_RSTD, BN_SCALE, BN_SHIFT, affine, load_addend, load_vector
 
 
@@ -193,11 +193,7 @@ def launch_library_dgrad(grad, w, geometry, input_hw, relu_of, addend, addend_st
         require_like("relu_of", relu_of.c, dx)
         require_vectors("relu_of.bn", relu_of.bn, 5, c)
     if addend is not None:
-        shape = (n, c, *(-(-extent // addend_stride) for extent in input_hw))
-        if tuple(require_rows("addend", addend.g).shape) != shape or addend.g.dtype != dx.dtype:
-            raise ValueError(f"addend is {tuple(addend.g.shape)} {addend.g.dtype}; expected {shape} {dx.dtype}")
-        if addend.mask is not None:
-            require_mask(addend.mask, addend.g)
+        require_addend(addend, addend_stride, dx)
     if relu_of is None and addend is None:
         return dx, None
     pixels, rows = n * input_hw[0] * input_hw[1], plan.statistics_rows(c)

@@ -1,4 +1,4 @@
-"""Pieces that several Triton kernels share: affine, ReLU, channel statistics, and ReLU bits.
+"""Pieces that several Triton kernels share: affine, ReLU, channel statistics and sums, ReLU bits, rows, and chunks.
 
 Tiles are [M pixels, N channels], fp32 unless said otherwise.
 """
@@ -18,6 +18,17 @@ BN_INV_COUNT = tl.constexpr(4)
 def load_vector(table_ptr, row, channels, cols):
     """Row ``row`` of a [R, channels] fp32 table at the channels ``cols`` [N]; 0 beyond the last channel."""
     return tl.load(table_ptr + row * channels + cols, mask=cols < channels, other=0.0)
+
+
+@triton.jit
+def input_rows(rows, in_h, in_w, out_h, out_w, STRIDE: tl.constexpr):
+    """int64 input pixel of each output pixel ``rows`` [M]. Pixel counts stay below 2^31, element counts may not."""
+    if STRIDE == 1:
+        return rows.to(tl.int64)
+    image = rows // (out_h * out_w)
+    p = rows // out_w % out_h
+    q = rows % out_w
+    return ((image * in_h + p * STRIDE) * in_w + q * STRIDE).to(tl.int64)
 
 
 @triton.jit
@@ -97,16 +108,95 @@ def load_mask(mask_ptr, row0, row_limit, cols, channels, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def load_bits(mask_ptr, rows, cols, channels):
+    """The bits of `store_mask` at ``rows`` [M], which must be there; out of range ``cols`` [N] read the last byte.
+
+    For values that are zero out of range anyway: in the loop of a product a condition on every load costs registers.
+    """
+    bytes_per_row = (channels + 7) // 8
+    offsets = rows[:, None] * bytes_per_row + tl.minimum(cols // 8, bytes_per_row - 1)[None, :]
+    return ((tl.load(mask_ptr + offsets) >> (cols % 8).to(tl.uint8)[None, :]) & 1) != 0
+
+
+@triton.jit
+def load_rows(ptr, mask_ptr, rows, valid_rows, cols, channels):
+    """Values [M, N] fp32 at ``rows`` [M], 0 out of range and where their bit of `store_mask` is off (None: all on)."""
+    valid = valid_rows[:, None] & (cols < channels)[None, :]
+    values = tl.load(ptr + (rows[:, None] * channels + cols[None, :]), mask=valid, other=0.0).to(tl.float32)
+    if mask_ptr is not None:
+        byte = rows[:, None] * ((channels + 7) // 8) + (cols // 8)[None, :]
+        packed = tl.load(mask_ptr + byte, mask=valid, other=0)
+        values = tl.where(((packed >> (cols % 8).to(tl.uint8)[None, :]) & 1) != 0, values, 0.0)
+    return values
+
+
+@triton.jit
 def load_addend(ptr, mask_ptr, image, h, w, valid_rows, cols, in_h, in_w, channels, STRIDE: tl.constexpr):
     """The addend [M, N] fp32 at the pixels (image, h, w), whose own grid is every STRIDE-th row and column; else 0."""
     on_grid = valid_rows & (h % STRIDE == 0) & (w % STRIDE == 0)
     own_h = (in_h + STRIDE - 1) // STRIDE
     own_w = (in_w + STRIDE - 1) // STRIDE
     pixel = (image * own_h + h // STRIDE).to(tl.int64) * own_w + w // STRIDE
-    valid = on_grid[:, None] & (cols < channels)[None, :]
-    addend = tl.load(ptr + pixel[:, None] * channels + cols[None, :], mask=valid, other=0.0).to(tl.float32)
-    if mask_ptr is not None:
-        byte = pixel[:, None] * ((channels + 7) // 8) + (cols // 8)[None, :]
-        packed = tl.load(mask_ptr + byte, mask=valid, other=0)
-        addend = tl.where(((packed >> (cols % 8).to(tl.uint8)[None, :]) & 1) != 0, addend, 0.0)
-    return addend
+    return load_rows(ptr, mask_ptr, pixel, on_grid, cols, channels)
+
+
+@triton.jit
+def relu_backward(dx, c, bn_ptr, valid_rows, cols, channels):
+    """dx [M, N] where the affine of c [M, N] is positive, else 0, and its sums over the rows: sum dx, sum dx * xhat."""
+    scale = load_vector(bn_ptr, BN_SCALE, channels, cols)
+    shift = load_vector(bn_ptr, BN_SHIFT, channels, cols)
+    dx = tl.where(valid_rows[:, None] & (affine(c, scale, shift) > 0), dx, 0.0)
+    mean = load_vector(bn_ptr, BN_MEAN, channels, cols)
+    sum_g, sum_x = tl.reduce((dx, dx * (c - mean[None, :])), 0, _add_pairs)
+    return dx, sum_g, sum_x * load_vector(bn_ptr, BN_RSTD, channels, cols)
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def store_sums(row_ptr, sum_g, sum_x, cols, channels):
+    """Store a row (sum g, sum g * xhat) for this program's own later `add_sums`: hence the barrier behind it."""
+    tl.store(row_ptr, sum_g, mask=cols < channels)
+    tl.store(row_ptr + channels, sum_x, mask=cols < channels)
+    tl.debug_barrier()
+
+
+@triton.jit
+def add_sums(row_ptr, sum_g, sum_x, cols, channels):
+    """Add to a row that `store_sums` began.
+
+    It lives in memory: carried through the loop in the accumulators' layout, which keeps copies of a channel in many
+    threads, it would cost registers. The first barrier keeps its loads behind the reduction for the same reason.
+    """
+    tl.debug_barrier()
+    sum_g += tl.load(row_ptr, mask=cols < channels, other=0.0)
+    sum_x += tl.load(row_ptr + channels, mask=cols < channels, other=0.0)
+    tl.debug_barrier()
+    store_sums(row_ptr, sum_g, sum_x, cols, channels)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def add_chunks_kernel(parts_ptr, out_ptr, chunks, elements, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out [elements] = the sum over chunks of parts [chunks, elements], in a fixed order."""
+    index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    for t0 in range(0, chunks, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        valid = (t < chunks)[:, None] & (index < elements)[None, :]
+        total += tl.load(parts_ptr + t.to(tl.int64)[:, None] * elements + index[None, :], mask=valid, other=0.0)
+    tl.store(out_ptr + index, tl.sum(total, axis=0), mask=index < elements)
+
+
+def add_chunks(parts, out):
+    """Launch `add_chunks_kernel`: out = parts [chunks, ...] summed over chunks, both fp32.
+
+    Programs of 2048 values, as many chunks at a time as there are, up to 32: latency alone matters.
+    """
+    block_t = min(32, triton.next_power_of_2(parts.shape[0]))
+    block_n = 2048 // block_t
+    add_chunks_kernel[(triton.cdiv(out.numel(), block_n),)](
+        parts, out, parts.shape[0], out.numel(), BLOCK_T=block_t, BLOCK_N=block_n, num_warps=4, num_stages=2
+    )
