@@ -35,23 +35,13 @@ from .epilogue import (
     BN_SCALE,
     BN_SHIFT,
     affine,
+    input_rows,
     load_vector,
     merge_statistics,
     relu,
     store_mask,
     tile_statistics,
 )
-
-
-@triton.jit
-def _input_rows(rows, in_h, in_w, out_h, out_w, STRIDE: tl.constexpr):
-    """int64 input pixel of each output pixel ``rows`` [M]. Pixel counts stay below 2^31, element counts may not."""
-    if STRIDE == 1:
-        return rows.to(tl.int64)
-    image = rows // (out_h * out_w)
-    p = rows // out_w % out_h
-    q = rows % out_w
-    return ((image * in_h + p * STRIDE) * in_w + q * STRIDE).to(tl.int64)
 
 
 @triton.jit
@@ -132,7 +122,7 @@ def _conv1x1_fwd_kernel(
         rows = row0 + tl.arange(0, BLOCK_M)
         valid_rows = rows < stop
         if shortcut_ptr is None:
-            a_rows = _input_rows(rows, in_h, in_w, out_h, out_w, STRIDE)
+            a_rows = input_rows(rows, in_h, in_w, out_h, out_w, STRIDE)
         else:
             a_rows = rows.to(tl.int64)
         acc = _gemm_tile(
@@ -166,7 +156,7 @@ def _conv1x1_fwd_kernel(
                 shortcut_ptr,
                 None,
                 shortcut_w_ptr,
-                _input_rows(rows, in_h, in_w, out_h, out_w, STRIDE),
+                input_rows(rows, in_h, in_w, out_h, out_w, STRIDE),
                 valid_rows,
                 cols,
                 gemm_n,
