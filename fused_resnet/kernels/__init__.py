@@ -104,6 +104,22 @@ def require_pixels(x: Tensor, pixels: int) -> None:
         raise ValueError(f"{tuple(x.shape)}: pixel indices are 32-bit")
 
 
+def count_batch(running, momentum: float | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Count one more batch in ``running`` and return what a kernel needs to update it: (mean, var, batches).
+
+    ``batches`` is the counter where the kernel is to read it, with momentum None, and None otherwise. Programs read it,
+    so none of them may write it: it is counted before them. ValueError: momentum None without a counter.
+    """
+    if running is None:
+        return None, None, None
+    mean, var, batches = running
+    if batches is not None:
+        batches.add_(1)
+    elif momentum is None:
+        raise ValueError("momentum=None needs num_batches_tracked")
+    return mean, var, batches if momentum is None else None
+
+
 def empty_rows(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
     """An uninitialised activation [N, C, H, W] in channels_last memory, dtype and device of ``like``."""
     return torch.empty((n, c, h, w), dtype=like.dtype, device=like.device, memory_format=_CHANNELS_LAST)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from . import (
+    count_batch,
     empty_mask,
     empty_rows,
     on_device_of,
@@ -39,7 +40,9 @@ from .epilogue import (
     load_vector,
     merge_statistics,
     relu,
+    store_bn,
     store_mask,
+    update_running,
 )
 
 
@@ -65,24 +68,6 @@ def _merge_rows(partials_ptr, rows, channels, cols, BLOCK_T: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _store_bn(bn_ptr, channels, cols, mean, var, inv_count, gamma_ptr, beta_ptr, eps):
-    """Store the five vectors of a BatchNorm from fp64 statistics; gamma_ptr, beta_ptr None: 1 and 0."""
-    valid = cols < channels
-    rstd = 1.0 / tl.sqrt(var + eps)
-    scale = rstd
-    if gamma_ptr is not None:
-        scale = tl.load(gamma_ptr + cols, mask=valid, other=0.0).to(tl.float64) * rstd
-    shift = -mean * scale
-    if beta_ptr is not None:
-        shift += tl.load(beta_ptr + cols, mask=valid, other=0.0).to(tl.float64)
-    tl.store(bn_ptr + BN_MEAN * channels + cols, mean.to(tl.float32), mask=valid)
-    tl.store(bn_ptr + BN_RSTD * channels + cols, rstd.to(tl.float32), mask=valid)
-    tl.store(bn_ptr + BN_SCALE * channels + cols, scale.to(tl.float32), mask=valid)
-    tl.store(bn_ptr + BN_SHIFT * channels + cols, shift.to(tl.float32), mask=valid)
-    tl.store(bn_ptr + BN_INV_COUNT * channels + cols, inv_count.to(tl.float32), mask=valid)
-
-
-@triton.jit
 def _bn_finalize_kernel(
     partials_ptr,
     gamma_ptr,
@@ -102,19 +87,11 @@ def _bn_finalize_kernel(
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     count, mean, m2 = _merge_rows(partials_ptr, rows, channels, cols, BLOCK_T, BLOCK_N)
     var = m2 / tl.maximum(count, 1.0)
-    _store_bn(bn_ptr, channels, cols, mean, var, 1.0 / tl.maximum(count, 1.0), gamma_ptr, beta_ptr, eps)
+    store_bn(bn_ptr, channels, cols, mean, var, 1.0 / tl.maximum(count, 1.0), gamma_ptr, beta_ptr, eps)
     if running_mean_ptr is not None:
-        valid = cols < channels
-        weight = tl.full((BLOCK_N,), momentum, tl.float64)
-        if CUMULATIVE:
-            weight = tl.full((BLOCK_N,), 1.0, tl.float64) / tl.load(batches_ptr).to(tl.float64)
-        unbiased = m2 / tl.maximum(count - 1.0, 1.0)
-        old_mean = tl.load(running_mean_ptr + cols, mask=valid, other=0.0).to(tl.float64)
-        old_var = tl.load(running_var_ptr + cols, mask=valid, other=0.0).to(tl.float64)
-        new_mean = old_mean + weight * (mean - old_mean)
-        new_var = old_var + weight * (unbiased - old_var)
-        tl.store(running_mean_ptr + cols, new_mean.to(tl.float32).to(running_mean_ptr.dtype.element_ty), mask=valid)
-        tl.store(running_var_ptr + cols, new_var.to(tl.float32).to(running_var_ptr.dtype.element_ty), mask=valid)
+        update_running(
+            running_mean_ptr, running_var_ptr, batches_ptr, channels, cols, mean, var, count, momentum, CUMULATIVE
+        )
 
 
 @triton.jit
@@ -131,7 +108,7 @@ def _bn_frozen_kernel(mean_ptr, var_ptr, gamma_ptr, beta_ptr, bn_ptr, channels, 
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mean = tl.load(mean_ptr + cols, mask=cols < channels, other=0.0).to(tl.float64)
     var = tl.load(var_ptr + cols, mask=cols < channels, other=1.0).to(tl.float64)
-    _store_bn(bn_ptr, channels, cols, mean, var, tl.zeros((BLOCK_N,), tl.float64), gamma_ptr, beta_ptr, eps)
+    store_bn(bn_ptr, channels, cols, mean, var, tl.zeros((BLOCK_N,), tl.float64), gamma_ptr, beta_ptr, eps)
 
 
 @triton.jit
@@ -335,12 +312,7 @@ def launch_bn_finalize(partials, gamma, beta, running, momentum, eps, plan):
     """
     require_partials("partials", partials, 3)
     rows, _, channels = partials.shape
-    mean, var, batches = running if running is not None else (None, None, None)
-    if batches is not None:
-        # Before the kernel: its programs read the counter, so none of them may write it.
-        batches.add_(1)
-    elif running is not None and momentum is None:
-        raise ValueError("momentum=None needs num_batches_tracked")
+    mean, var, batches = count_batch(running, momentum)
     bn = torch.empty((5, channels), dtype=torch.float32, device=partials.device)
     with on_device_of(bn):
         _bn_finalize_kernel[(triton.cdiv(channels, plan.config.block_n),)](
@@ -349,7 +321,7 @@ def launch_bn_finalize(partials, gamma, beta, running, momentum, eps, plan):
             beta,
             mean,
             var,
-            batches if momentum is None else None,
+            batches,
             bn,
             rows,
             channels,

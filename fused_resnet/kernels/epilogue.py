@@ -77,6 +77,45 @@ def merge_statistics(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @triton.jit
+def store_bn(bn_ptr, channels, cols, mean, var, inv_count, gamma_ptr, beta_ptr, eps):
+    """Store the five vectors of a BatchNorm from fp64 statistics; gamma_ptr, beta_ptr None: 1 and 0."""
+    valid = cols < channels
+    rstd = 1.0 / tl.sqrt(var + eps)
+    scale = rstd
+    if gamma_ptr is not None:
+        scale = tl.load(gamma_ptr + cols, mask=valid, other=0.0).to(tl.float64) * rstd
+    shift = -mean * scale
+    if beta_ptr is not None:
+        shift += tl.load(beta_ptr + cols, mask=valid, other=0.0).to(tl.float64)
+    tl.store(bn_ptr + BN_MEAN * channels + cols, mean.to(tl.float32), mask=valid)
+    tl.store(bn_ptr + BN_RSTD * channels + cols, rstd.to(tl.float32), mask=valid)
+    tl.store(bn_ptr + BN_SCALE * channels + cols, scale.to(tl.float32), mask=valid)
+    tl.store(bn_ptr + BN_SHIFT * channels + cols, shift.to(tl.float32), mask=valid)
+    tl.store(bn_ptr + BN_INV_COUNT * channels + cols, inv_count.to(tl.float32), mask=valid)
+
+
+@triton.jit
+def update_running(
+    mean_ptr, var_ptr, batches_ptr, channels, cols, mean, var, count, momentum, CUMULATIVE: tl.constexpr
+):
+    """running <- (1 - weight) running + weight batch, in place, from fp64 statistics [N]; the variance unbiased.
+
+    The weight is ``momentum``, or with CUMULATIVE 1 / batches: the int64 counter, this batch included.
+    """
+    valid = cols < channels
+    weight = momentum
+    if CUMULATIVE:
+        weight = 1.0 / tl.load(batches_ptr).to(tl.float64)
+    unbiased = var * (count / tl.maximum(count - 1.0, 1.0))
+    old_mean = tl.load(mean_ptr + cols, mask=valid, other=0.0).to(tl.float64)
+    old_var = tl.load(var_ptr + cols, mask=valid, other=0.0).to(tl.float64)
+    new_mean = old_mean + weight * (mean - old_mean)
+    new_var = old_var + weight * (unbiased - old_var)
+    tl.store(mean_ptr + cols, new_mean.to(tl.float32).to(mean_ptr.dtype.element_ty), mask=valid)
+    tl.store(var_ptr + cols, new_var.to(tl.float32).to(var_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
 def store_mask(
     mask_ptr, positive, row0, row_limit, first_channel, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
