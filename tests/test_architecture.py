@@ -13,7 +13,8 @@ PACKAGE = ROOT / "fused_resnet"
 LAW = {
     "plan": set(),  # a package: its own files in PLAN_LAW
     "reference": set(),
-    "ops": {"plan", "reference"},
+    "tuned": {"plan"},
+    "ops": {"plan", "reference", "tuned"},
     "autograd": {"ops", "plan", "reference"},
     "functional": {"autograd", "ops", "plan"},
     "modules": {"functional", "autograd", "ops"},
@@ -24,7 +25,10 @@ LAW = {
     "explain": {"ops", "plan", "tracing"},
     "costs": {"plan", "tracing"},
     "graphs": set(),
-    "testing": {"plan", "reference"},
+    "trials": {"plan", "reference"},
+    "precompile": {"plan", "trials"},
+    "tuning": {"explain", "ops", "plan", "precompile", "reference", "tracing", "trials", "tuned"},
+    "testing": {"trials"},
 }
 FREE = {"__init__", "__main__"}
 PLAN_LAW = {
@@ -32,7 +36,8 @@ PLAN_LAW = {
     "families": {"problem"},
     "layers": {"problem"},
     "tables": {"families", "problem"},
-    "__init__": {"families", "layers", "problem", "tables"},
+    "work": {"problem"},
+    "__init__": {"families", "layers", "problem", "tables", "work"},
 }
 
 
