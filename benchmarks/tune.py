@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=224, help="image height and width in pixels")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no problem is begun")
     parser.add_argument("--again", action="store_true", help="measure what the table has already, too")
-    parser.add_argument("--out", type=Path, help="default: fused_resnet/plans/sm<arch>.json")
+    parser.add_argument("--out", type=Path, default=plan.PLANS, help="folder for sm<arch>.json")
     parser.add_argument("--dry-run", metavar="ARCH", help="list problems and candidates for a card, e.g. sm90")
     return parser
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         return _dry_run(tasks, arguments.dry_run)
     with tuning.conditions():
         bench = tuning.Bench()
-        path = arguments.out or plan.PLANS / f"sm{bench.device.arch}.json"
+        path = arguments.out / f"sm{bench.device.arch}.json"
         described = environment.describe()
         kept = ("card", "driver", "torch", "cuda", "cudnn", "triton", "date", "commit")
         origin = {"fused_resnet": fused_resnet.__version__} | {key: str(described[key]) for key in kept}

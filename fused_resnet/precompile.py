@@ -84,6 +84,9 @@ def _revive(job: list[dict]) -> tuple[Problem, Plan]:
 def work(device: int) -> None:
     """What a worker does: the jobs on its standard input."""
     torch.cuda.set_device(device)
+    parent = os.getppid()
     for job in json.load(sys.stdin):
+        if os.getppid() != parent:
+            return  # it was killed
         with suppress(Exception):
             compile_job(*_revive(job))

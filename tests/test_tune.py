@@ -2,6 +2,10 @@
 resuming and damaged tables; the user's own table, and processes that write or read it at the same time."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -402,8 +406,6 @@ def test_two_processes_that_tune_lose_nothing(tmp_path):
 def _rank(rank, folder):
     """Each rank has a folder of its own; the second one's holds a table at first, and changes later."""
     torch.set_num_threads(1)
-    import os
-
     os.environ["FUSED_RESNET_PLANS"] = f"{folder}/{rank}"
     distributed = torch.distributed
     distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
@@ -532,6 +534,30 @@ def test_compile_job_compiles_instead_of_launching(monkeypatch):
     assert bn._bn_act_kernel is kernel
 
 
+def test_compile_job_fills_tritons_cache(tmp_path):
+    """Where there is no GPU, a driver that only names one: compiling needs no more."""
+    pytest.importorskip("triton")
+    code = """
+import triton
+from triton.backends.compiler import GPUTarget
+
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+triton.runtime.driver.set_active(Driver())
+from fused_resnet import plan, precompile
+problem = plan.Problem("bn_act", 4, 6, 6, 24, 24)
+precompile.compile_job(problem, plan.triton_plan(problem, None, plan.Device.default(90), ""))
+"""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.rglob("*.cubin")] == ["_bn_act_kernel.cubin"]
+
+
 def test_workers_get_their_share_in_order_and_end_with_the_block(tmp_path, monkeypatch):
     """Workers that note their jobs and then wait for ever."""
     code = f"""
@@ -561,8 +587,6 @@ precompile.torch.cuda.set_device = lambda index: None
     problem = Problem("bn_act", 1, 6, 6, 24, 24)
     chosen = plan.triton_plan(problem, None, H100, "")
     jobs = [(replace(problem, n=i), chosen) for i in range(8)]
-    import time
-
     with precompile.workers(jobs, 0) as count:
         assert count == 2
         stop = time.monotonic() + 60
@@ -591,6 +615,18 @@ def test_plans_of_measured_blocks_and_operators(shipped):
     assert plan.plan_for(operator, H100).launch == "launch_bn_act"
     assert plan.plan_block(block, H100).backend == "triton"
     assert plan.plan_block(block, H100).reason == "measured on sm90: triton 50.0 us, library 80.0 us"
+
+
+def test_command_writes_the_table_of_the_card(card, tmp_path, monkeypatch):
+    described = dict.fromkeys(("card", "driver", "torch", "cuda", "cudnn", "triton", "date", "commit", "cpu"), "known")
+    monkeypatch.setattr(command.environment, "describe", lambda: described)
+    options = ["--models", "resnet18", "--batches", "2", "--size", "64", "--out", str(tmp_path / "out")]
+    assert command.main([*options, "--budget", "1e-9"]) == 3
+    assert command.main(options) == 0
+    table = json.loads((tmp_path / "out" / "sm90.json").read_text())
+    version = fused_resnet.__version__
+    assert table["origin"] == {"fused_resnet": version} | {k: v for k, v in described.items() if k != "cpu"}
+    assert len(table["entries"]) == len(set(card.measured)) > 50
 
 
 def test_needs_a_gpu_or_a_dry_run(capsys):
