@@ -76,12 +76,15 @@ gpu-tune: $(READY)
 		> $(OUT)/tune.log 2>&1 || status=$$?; \
 	rm -f $(OUT)/.*.lock; tail -n 20 $(OUT)/tune.log; exit $$status
 
-# On a machine with a GPU, in 9 minutes: fused against the library and its other forms.
+# On a machine with a GPU, in 9 minutes: every layer by itself, then whole networks against the library's forms.
 gpu-bench: $(READY)
 	mkdir -p $(OUT)
 	-$(PY) setup.py build_ext --inplace > $(OUT)/build.log 2>&1
-	timeout 560 $(PY) -m benchmarks.run --out $(OUT) --models resnet50 --batches 256 32 --budget 500 $(BENCH_ARGS) \
-		> $(OUT)/bench.log 2>&1; status=$$?; tail -n 40 $(OUT)/bench.log; exit $$status
+	status=0; \
+	timeout 190 $(PY) -m benchmarks.layers --out $(OUT) --budget 160 $(LAYERS_ARGS) > $(OUT)/layers.log 2>&1 || status=1; \
+	timeout 360 $(PY) -m benchmarks.run --out $(OUT) --models resnet50 --batches 256 32 --budget 320 $(BENCH_ARGS) \
+		> $(OUT)/bench.log 2>&1 || status=1; \
+	tail -n 40 $(OUT)/bench.log; exit $$status
 
 clean:
 	rm -rf .venv .venv-latest build out *.egg-info fused_resnet/*.so

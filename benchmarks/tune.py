@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _dry_run(tasks: list[tuning.Task], arch: str) -> int:
     device, kernels = device_for(arch), 0
-    for problem, call in tasks:
+    for problem, call, *_ in tasks:
         plans = [] if call else list(tuning.alternatives(problem, device))
         kernels += len(plans)
         print(f"{problem.op:22} {describe(problem):80} {'' if call else f'{len(plans)} kernels'}".rstrip())

@@ -15,6 +15,7 @@ import importlib
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import ops, plan, precompile, reference, trials, tuned
 from .explain import describe
-from .plan import Device, Measured, Plan, Problem
+from .plan import Device, Measured, Plan, Problem, Work
 from .tracing import LayerTracker, run_on_meta
 
 _CHECKED_PIXELS = 20_000  # of the first tensor, when a kernel is held against float64
@@ -43,10 +44,16 @@ class Call(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One problem to measure; `call` is None for an operator."""
+    """One problem to measure; `call` is None for an operator. `layer`: the first of `count` places that state it.
+
+    `work` is that of one place, for a block the sum over its operators.
+    """
 
     problem: Problem
     call: Call | None = None
+    layer: str = ""
+    count: int = 1
+    work: Work = Work(0, 0)
 
 
 class Outcome(NamedTuple):
@@ -62,8 +69,10 @@ class _Collector(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[Problem, Call] = {}
-        # block -> its operators' problems -> bytes over all layers; None: operators outside any block
-        self.groups: dict[Problem | None, dict[Problem, int]] = {}
+        # block -> its operators' problems -> how often over all layers; None: operators outside any block
+        self.groups: dict[Problem | None, Counter[Problem]] = {}
+        self.layers: dict[Problem, str] = {}
+        self.counts: Counter[Problem] = Counter()
         self._call: Call | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -76,16 +85,22 @@ class _Collector(TorchFunctionMode):
         owners: dict[str, Problem] = {}
 
         def note(problem: Problem, _: Plan) -> None:
+            self.layers.setdefault(problem, tracker.layer)
+            self.counts[problem] += 1
             if problem.op in plan.BLOCK_OPS:
                 owners[tracker.layer] = problem
                 self.calls.setdefault(problem, self._call)
-                self.groups.setdefault(problem, {})
+                self.groups.setdefault(problem, Counter())
             else:
-                group = self.groups.setdefault(owners.get(tracker.layer), {})
-                group[problem] = group.get(problem, 0) + plan.work_of(problem).bytes
+                self.groups.setdefault(owners.get(tracker.layer), Counter())[problem] += 1
 
         with LayerTracker(model, lambda *_: None) as tracker, plan.use("reference"), ops.record(note, None), self:
             run_on_meta(model, x)
+
+    def work(self, block: Problem | None) -> Work:
+        """FLOP and bytes of a block over all its layers."""
+        works = [(count, plan.work_of(problem)) for problem, count in self.groups[block].items()]
+        return Work(sum(count * work.flop for count, work in works), sum(count * work.bytes for count, work in works))
 
 
 def collect(runs: Iterable[tuple[nn.Module, Tensor]]) -> list[Task]:
@@ -96,14 +111,14 @@ def collect(runs: Iterable[tuple[nn.Module, Tensor]]) -> list[Task]:
     collector = _Collector()
     for model, x in runs:
         collector.walk(model, x)
-    tasks: dict[Problem, Task] = {}
-    by_bytes = sorted(collector.groups.items(), key=lambda item: -sum(item[1].values()))
-    for block, problems in by_bytes:
-        for problem in sorted(problems, key=lambda problem: -problems[problem]):
-            tasks.setdefault(problem, Task(problem))
+    order: dict[Problem, Work] = {}
+    for block in sorted(collector.groups, key=lambda block: -collector.work(block).bytes):
+        works = {problem: plan.work_of(problem) for problem in collector.groups[block]}
+        order |= dict(sorted(works.items(), key=lambda item: -collector.groups[block][item[0]] * item[1].bytes))
         if block is not None:
-            tasks[block] = Task(block, collector.calls[block])
-    return list(tasks.values())
+            total, layers = collector.work(block), collector.counts[block]
+            order[block] = Work(total.flop // layers, total.bytes // layers)
+    return [Task(p, collector.calls.get(p), collector.layers[p], collector.counts[p], order[p]) for p in order]
 
 
 def launcher(chosen: Plan) -> Callable:
@@ -127,14 +142,18 @@ def with_kernels(tasks: list[Task], device: Device) -> list[Task]:
 
 
 class Timer:
-    """Median time of a call on the GPU, in microseconds, with a cold L2 cache: 256 MB are written before each call."""
+    """Times of a call on the GPU, in microseconds, with a cold L2 cache: 256 MB are written before each call."""
 
     def __init__(self, seconds: float = 0.15) -> None:
         self.seconds = seconds
         self._flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
 
     def __call__(self, run: Callable[[], object], best: float = float("inf")) -> float:
-        """Five calls are enough of one that takes half as long again as `best`, the time to beat."""
+        """The median; five calls are enough of one that takes half as long again as `best`, the time to beat."""
+        return statistics.median(self.times(run, best))
+
+    def times(self, run: Callable[[], object], best: float = float("inf")) -> list[float]:
+        """All of the times, behind two calls that do not count."""
         for _ in range(2):
             run()
         torch.cuda.synchronize()
@@ -148,7 +167,7 @@ class Timer:
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end) * 1000)
-        return statistics.median(times)
+        return times
 
 
 def _checked(problem: Problem) -> Problem:
@@ -209,7 +228,7 @@ def _materialise(value, scale: float, on: str):
 
 
 @contextmanager
-def _measured_as(device: Device, changes: dict[Problem, Measured]) -> Iterator[None]:
+def planned_as(device: Device, changes: dict[Problem, Measured]) -> Iterator[None]:
     """Plan for a device as if `changes` had been measured on it."""
     table = plan.measurements(device)
     before = dict(table)
@@ -223,34 +242,45 @@ def _measured_as(device: Device, changes: dict[Problem, Measured]) -> Iterator[N
         plan.forget_choices()
 
 
-def measure_block(task: Task, device: Device, timer: Callable[..., float], on: str = "cuda") -> Outcome:
-    """Time a whole block, with backward in training: the library's operators against the chain of the fastest ones.
-
-    Where kernels of the CUDA library are among those, the chain is timed without them, too, for where it is not built.
-    """
-    x, residual, *parameters = task.call.arguments[:-1]
-    arguments = [*_materialise([x, residual], 1.0, on), *_materialise(parameters, 0.0, on), "auto"]
+def block_call(call: Call, on: str = "cuda", impl: str = "auto") -> Callable[[], None]:
+    """A block on random values: its forward, and its backward if anything in it needs gradients."""
+    x, residual, *parameters = call.arguments[:-1]
+    arguments = [*_materialise([x, residual], 1.0, on), *_materialise(parameters, 0.0, on), impl]
     leaves = [t for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad]
     gradient = None
 
     def run() -> None:
         nonlocal gradient
         with torch.set_grad_enabled(bool(leaves)):
-            out = task.call.operator(*arguments)
+            out = call.operator(*arguments)
         if leaves:
             gradient = torch.randn_like(out) if gradient is None else gradient
             torch.autograd.grad(out, leaves, gradient)
 
+    return run
+
+
+def block_plans(problem: Problem, device: Device) -> dict[str, dict[Problem, Measured]]:
+    """Backend -> what to plan as (`planned_as`) for a block to run so: the library's operators, or the fastest chain.
+
+    Where kernels of the CUDA library are in that chain ("cuda"), it is there without them, too ("triton"), for machines
+    on which the library is not built.
+    """
     table = plan.measurements(device)
     native = {p: m for p, m in table.items() if m.ranking[0] == "cuda" and p.op not in plan.BLOCK_OPS}
     chains = {"library": {}, "triton": {}}
     if native and not device.cuda_missing:
         chains["triton"] = {p: m._replace(us={k: t for k, t in m.us.items() if k != "cuda"}) for p, m in native.items()}
         chains["cuda"] = {}
-    us, rejected = {}, []
-    for backend, changes in chains.items():
-        forced = Measured({"library": 1.0, backend: 0.0}, None, "this is being measured")
-        with _measured_as(device, {**changes, task.problem: forced}):
+    forced = {backend: Measured({"library": 1.0, backend: 0.0}, None, "this is being measured") for backend in chains}
+    return {backend: {**changes, problem: forced[backend]} for backend, changes in chains.items()}
+
+
+def measure_block(task: Task, device: Device, timer: Callable[..., float], on: str = "cuda") -> Outcome:
+    """Time a whole block, with backward in training: the library's operators against the chain of the fastest ones."""
+    run, us, rejected = block_call(task.call, on), {}, []
+    for backend, plans in block_plans(task.problem, device).items():
+        with planned_as(device, plans):
             try:
                 us[backend] = timer(run)
             except Exception as error:
@@ -266,13 +296,13 @@ class Bench:
 
     def __init__(self) -> None:
         self.device = ops.device_of(torch.empty(0, device="cuda"), "auto")
-        self._timer = Timer()
+        self.timer = Timer()
 
     def measure(self, task: Task) -> Outcome:
         """`measure_operator` or `measure_block`."""
         if task.call is None:
-            return measure_operator(task.problem, self.device, self._timer)
-        return measure_block(task, self.device, self._timer)
+            return measure_operator(task.problem, self.device, self.timer)
+        return measure_block(task, self.device, self.timer)
 
     def ahead(self, tasks: list[Task]) -> AbstractContextManager:
         """Compile the candidates of these tasks in the background."""

@@ -122,7 +122,10 @@ def test_collects_what_the_operators_state():
     # An identity block for each of four stages, three with a projection, and the stem, in both modes.
     assert len(blocks) == 2 * 8
     assert {task.problem.op for task in blocks} == set(plan.BLOCK_OPS)
-    for problem, call in blocks:
+    assert {task.layer for task in tasks} >= {"ResNet", "layer1.0", "layer4.1"}
+    counts = {task.problem.epilogue: task.count for task in blocks}
+    assert counts["training identity 3x3-64 3x3-64"] == 2 and counts["training projection 3x3-128 3x3-128"] == 1
+    for problem, call, *_ in blocks:
         assert tuple(call.arguments[0].shape) == (problem.n, problem.c, problem.h, problem.w)
         assert call.arguments[0].is_meta
 
@@ -257,7 +260,7 @@ def test_block_is_timed_as_the_library_runs_it_and_as_the_chain_does(shipped, mo
 
     with _planned_for(H100, monkeypatch):
         table = plan.measurements(H100)
-        for problem, call in tasks[:-1]:
+        for problem, call, *_ in tasks[:-1]:
             if call is None and problem.op in ("bn_act", "bn_join", "conv_affine"):
                 tile = plan.candidates(problem, H100)[0]
                 table[problem] = plan.Measured({"library": 2.0, "triton": 1.0}, tile, "sm90")
@@ -670,7 +673,7 @@ def test_every_kernel_of_resnet50_within_the_error_budget_on_the_device():
     device = ops.device_of(torch.empty(0, device="cuda"), "auto")
     checked = 0
     for dtype in ("bf16", "fp16", "fp32"):
-        for problem, call in _tasks("resnet50", size=96, dtype=dtype):
+        for problem, call, *_ in _tasks("resnet50", size=96, dtype=dtype):
             if call is None and plan.unsupported(problem, None, device) is None:
                 run = tuning.launcher(plan.triton_plan(problem, None, device, ""))
                 testing.check_operator(problem, run, torch.Generator().manual_seed(0), "cuda")

@@ -61,8 +61,8 @@ def _convolution(s: _Sizes) -> Work:
     moved = s.map(s.read, p.c) + s.weight * s.item + s.map(out, p.k) + s.deferred
     if p.epilogue == "stats":
         moved += s.rows(3, p.k)
-    else:
-        moved += s.vectors(5, p.k) + (s.map(out, p.k) if p.epilogue.endswith("+residual") else 0)
+    elif p.epilogue:
+        moved += s.vectors(5, p.k) + (s.map(out, p.k) if p.epilogue == "affine+residual" else 0)
     return Work(2 * out * s.weight, moved)
 
 
@@ -147,6 +147,7 @@ _MAPS = {
 # Operators on per-channel vectors: rows of the first tensor aside, vectors that cross memory.
 _VECTORS = {"bn_finalize": 9, "merge_partials": 3, "bn_frozen": 8, "bn_backward_finalize": 10}
 _FAMILIES = {
+    "conv2d": _convolution,  # the library's, bare
     "conv_stats": _convolution,
     "conv_affine": _convolution,
     "conv1x1_join": _join,
