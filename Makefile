@@ -15,7 +15,7 @@ endif
 # One thread for each of two workers where pytest-xdist is there.
 WORKERS = $(shell $(PY) -c "import xdist; print('-n 2')" 2>/dev/null)
 
-.PHONY: bench test test-latest lint build gpu-check clean
+.PHONY: bench test test-latest lint build tune gpu-check gpu-tune gpu-bench clean
 
 bench: $(READY)
 	$(PY) -m benchmarks.run --out $(OUT) $(BENCH_ARGS)
@@ -31,6 +31,10 @@ lint: $(READY)
 # The C++/CUDA library, in place; optional: setup.py says why where it cannot be built.
 build: $(READY)
 	$(PY) setup.py build_ext --inplace
+
+# The table of plans that the package ships, on the card that is here.
+tune: $(READY)
+	$(PY) -m benchmarks.tune $(TUNE_ARGS)
 
 .venv/ready: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	python3 -m venv .venv
@@ -59,6 +63,28 @@ gpu-check: $(READY)
 	timeout 150 $(PY) -m benchmarks.run --out $(OUT)/library --models resnet50 --batches 256 128 32 --dtypes bf16 fp16 \
 		--impl none --baselines eager compile --budget 135 > $(OUT)/library.log 2>&1 || status=1; \
 	tail -n 20 $(OUT)/library.log; exit $$status
+
+# On a machine with a GPU, in BUDGET seconds and a minute: OUT/sm<arch>.json, which goes on from fused_resnet/plans.
+# Copied there, it is what ships, and what the next call goes on from.
+BUDGET ?= 500
+gpu-tune: $(READY)
+	mkdir -p $(OUT)
+	-$(PY) setup.py build_ext --inplace > $(OUT)/build.log 2>&1
+	-cp fused_resnet/plans/*.json $(OUT)/ 2> /dev/null
+	status=0; \
+	timeout $$(($(BUDGET) + 50)) $(PY) -m benchmarks.tune --out $(OUT) --budget $(BUDGET) $(TUNE_ARGS) \
+		> $(OUT)/tune.log 2>&1 || status=$$?; \
+	rm -f $(OUT)/.*.lock; tail -n 20 $(OUT)/tune.log; exit $$status
+
+# On a machine with a GPU, in 9 minutes: every layer by itself, then whole networks against the library's forms.
+gpu-bench: $(READY)
+	mkdir -p $(OUT)
+	-$(PY) setup.py build_ext --inplace > $(OUT)/build.log 2>&1
+	status=0; \
+	timeout 190 $(PY) -m benchmarks.layers --out $(OUT) --budget 160 $(LAYERS_ARGS) > $(OUT)/layers.log 2>&1 || status=1; \
+	timeout 360 $(PY) -m benchmarks.run --out $(OUT) --models resnet50 --batches 256 32 --budget 320 $(BENCH_ARGS) \
+		> $(OUT)/bench.log 2>&1 || status=1; \
+	tail -n 40 $(OUT)/bench.log; exit $$status
 
 clean:
 	rm -rf .venv .venv-latest build out *.egg-info fused_resnet/*.so

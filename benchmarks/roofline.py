@@ -1,26 +1,22 @@
 """The least time a card needs for a network's convolutions: their arithmetic, and their bytes read and written once.
 
-Forward, per convolution: 2 N P Q K C/groups R S FLOP; its input, output and weights cross memory once. Training is
-three such passes: forward, input gradient, weight gradient (the first layer needs no input gradient). Each pass takes
-the longer of its two times, a layer the sum of its passes, the network the sum of its layers: everything around the
-convolutions is free here, and so is what a cache or a fused neighbour might save.
+Forward, per convolution: 2 N P Q K C/groups R S FLOP; its input, output and weights cross memory once, but for pixels
+of the input that a strided 1x1 passes over (`fused_resnet.plan.work_of` counts). Training is three such passes:
+forward, input gradient, weight gradient (the first layer needs no input gradient). Each pass takes the longer of its
+two times, a layer the sum of its passes, the network the sum of its layers: everything around the convolutions is free
+here, and so is what a cache or a fused neighbour might save.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-
-class Layer(NamedTuple):
-    """A convolution or linear layer of a network: FLOP and bytes of one forward pass over the whole batch."""
-
-    name: str
-    flop: int
-    bytes: int
+from fused_resnet.plan import Problem, Work, work_of
 
 
 class Ceilings(NamedTuple):
@@ -30,15 +26,20 @@ class Ceilings(NamedTuple):
     flop_per_s: float
 
 
-def layers(model: nn.Module, shape: tuple[int, ...], itemsize: int) -> list[Layer]:
-    """The convolutions and linear layers of a model of unfused modules (torchvision's) on meta tensors, in order."""
-    found: list[Layer] = []
+def layers(model: nn.Module, shape: tuple[int, ...], dtype: str) -> dict[str, Work]:
+    """Forward of the convolutions and linear layers of a model of unfused modules (torchvision's) on meta tensors, by
+    name, in order. dtype: PyTorch's name of it."""
+    found: dict[str, Work] = {}
 
     def note(name: str):
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-            flop = 2 * out.numel() * module.weight[0].numel()
-            moved = inputs[0].numel() + out.numel() + module.weight.numel()
-            found.append(Layer(name, flop, moved * itemsize))
+            if isinstance(module, nn.Linear):
+                problem = Problem("conv2d", inputs[0].shape[0], 1, 1, *module.weight.shape[::-1], 1, 1, dtype=dtype)
+            else:
+                n, c, h, w = inputs[0].shape
+                geometry = module.stride, module.padding, module.dilation, module.groups
+                problem = Problem("conv2d", n, h, w, c, out.shape[1], *module.kernel_size, *geometry, dtype)
+            found[name] = work_of(problem)
 
         return hook
 
@@ -56,12 +57,12 @@ def layers(model: nn.Module, shape: tuple[int, ...], itemsize: int) -> list[Laye
     return found
 
 
-def floor_seconds(work: list[Layer], ceilings: Ceilings, training: bool) -> float:
+def floor_seconds(work: Iterable[Work], ceilings: Ceilings, training: bool) -> float:
     """The least time for these layers; training counts three passes, two for the first layer."""
     total = 0.0
     for i, layer in enumerate(work):
         passes = (2 if i == 0 else 3) if training else 1
-        total += passes * max(layer.flop / ceilings.flop_per_s, layer.bytes / ceilings.bytes_per_s)
+        total += passes * layer.seconds(*ceilings)
     return total
 
 

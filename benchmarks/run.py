@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,8 +23,9 @@ import fused_resnet
 from fused_resnet.models import BUILDERS
 from fused_resnet.plan import IMPLS
 
-from . import environment, parity, plot, roofline
+from . import environment, parity, plot, roofline, timing
 from .baselines import BASELINES, DTYPES, Absent, Case, fused, torchvision_model
+from .results import Results, case_of
 
 MODES = ("training", "inference")
 _SECONDS_PER_CASE = {"cuda": 6.0, "cpu": 12.0}
@@ -33,43 +33,9 @@ _ROUNDS = 40
 _COLUMNS = ("model", "mode", "dtype", "batch", "contender", "ms", "q25-q75", "images/s", "peak MB", "of roofline", "")
 
 
-class Results:
-    """The results file, rewritten atomically whenever something is added."""
-
-    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
-        self.path = folder / "results.json"
-        options = {
-            k: v if isinstance(v, (int, float, list, type(None))) else str(v) for k, v in vars(arguments).items()
-        }
-        self.content = {"environment": environment.describe(), "options": options, "parity": [], "rows": []}
-        self.write()
-
-    def write(self) -> None:
-        environment.write_json(self.path, self.content)
-
-    def add(self, key: str, entry: dict) -> None:
-        """Append to "parity" or "rows" and write."""
-        self.content[key].append(entry)
-        self.write()
-
-
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def _seconds(run: Callable[[], object], device: str) -> float:
-    """One call, timed by CUDA events on a GPU."""
-    if device == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _warm_up(run: Callable[[], object], device: str) -> int | None:
@@ -101,7 +67,7 @@ def measure_case(
             rows[name]["error"] = str(error)
             runs.pop(name, None)
         except Exception as error:  # one contender's failure, out of memory or in a compiler, is a row like any other
-            rows[name]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            rows[name]["error"] = f"{type(error).__name__}: {str(error)[:300].partition(chr(10))[0]}"
             runs.pop(name, None)
         if case.device == "cuda":
             torch.cuda.empty_cache()
@@ -109,21 +75,18 @@ def measure_case(
     stop = time.monotonic() + seconds
     for _ in range(_ROUNDS):
         for name, run in runs.items():
-            times[name].append(_seconds(run, case.device))
+            times[name].append(timing.seconds(run, case.device))
         if time.monotonic() > stop and all(len(t) >= 3 for t in times.values()):
             break
     with torch.device("meta"):
         network = torchvision_model(case.model)
-    work = roofline.layers(network, (case.batch, 3, case.size, case.size), DTYPES[case.dtype].itemsize)
-    floor = roofline.floor_seconds(work, ceilings, case.mode == "training")
+    dtype = str(DTYPES[case.dtype]).removeprefix("torch.")
+    work = roofline.layers(network, (case.batch, 3, case.size, case.size), dtype)
+    floor = roofline.floor_seconds(work.values(), ceilings, case.mode == "training")
     for name, seconds_each in times.items():
-        median = statistics.median(seconds_each)
-        low, _, high = statistics.quantiles(seconds_each, n=4)
+        rows[name] |= timing.summary(seconds_each)
+        median = rows[name]["median_ms"] / 1e3
         rows[name] |= {
-            "median_ms": median * 1e3,
-            "q25_ms": low * 1e3,
-            "q75_ms": high * 1e3,
-            "n": len(seconds_each),
             "images_per_s": case.batch / median,
             "peak_bytes": peaks[name],
             "roofline_share": floor / median,
@@ -134,18 +97,14 @@ def measure_case(
 
 def table(rows: list[dict]) -> str:
     """Rows as aligned text; the last column is the speed relative to the case's eager row, or the error."""
-    eager = {
-        tuple(row[k] for k in Case._fields): row["median_ms"]
-        for row in rows
-        if row["contender"] == "eager" and "median_ms" in row
-    }
+    eager = {case_of(row): row["median_ms"] for row in rows if row["contender"] == "eager" and "median_ms" in row}
     lines = [_COLUMNS]
     for row in rows:
         head = (row["model"], row["mode"], row["dtype"], str(row["batch"]), row["contender"])
         if "error" in row:
             lines.append((*head, "-", "-", "-", "-", "-", row["error"]))
             continue
-        base = eager.get(tuple(row[k] for k in Case._fields))
+        base = eager.get(case_of(row))
         relative = "" if base is None else f"{base / row['median_ms']:.2f} x eager"
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}"
         spread = f"{row['q25_ms']:.2f}-{row['q75_ms']:.2f}"
@@ -243,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True
     if device == "cpu":
         print("No GPU here: a small configuration on the CPU. Its times say nothing about speed on a GPU.")
-    results = Results(arguments.out, arguments)
+    results = Results(arguments.out / "results.json", arguments)
     if not _prove(arguments, device, results):
         print("parity failed: nothing is timed", file=sys.stderr)
         return 1

@@ -23,6 +23,7 @@ from .models import (
 from .modules import FusedBasicBlock, FusedBottleneck, FusedConvBNAct
 from .ops import Geometry
 from .plan import Unsupported, current_impl, use
+from .tuning import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "resnext101_64x4d",
     "resnext50_32x4d",
     "stem",
+    "tune",
     "unfuse",
     "use",
     "wide_resnet101_2",

@@ -39,8 +39,9 @@ def info() -> int:
     if device is None:
         rows.append(("kernels", "none without a CUDA device; the library's operators run, or use('reference')"))
     else:
-        measured = len(plan.measured_winners(device.arch))
+        measured = len(plan.measurements(device))
         rows.append(("measured plans", f"{measured} for sm{device.arch}" + ("" if measured else ": the library runs")))
+        rows.append(("tuned here", device.tuned.name if device.tuned else "nothing yet: fused_resnet.tune"))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
     return 0

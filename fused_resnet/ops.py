@@ -11,6 +11,7 @@ The fake kernel of an operator is its reference function run on fake tensors: sh
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import plan as planning
-from . import reference
+from . import reference, tuned
 from .plan import Plan, Problem, statistics_rows
 from .reference import Deferred, Frozen, Geometry, Gradient, Running
 
@@ -41,15 +42,31 @@ def record(callback: Callable[[Problem, Plan], None], device: planning.Device | 
 
 
 @lru_cache
-def _cuda_device(index: int) -> planning.Device:
+def _cuda_device(index: int, in_job: bool) -> planning.Device:
+    """`in_job`: whether this process has joined others, which then agree on a table of tuned plans."""
     card = torch.cuda.get_device_properties(index)
-    return planning.Device(card.major * 10 + card.minor, card.multi_processor_count, card.shared_memory_per_block_optin)
+    arch = card.major * 10 + card.minor
+    return planning.Device(
+        arch,
+        card.multi_processor_count,
+        card.shared_memory_per_block_optin,
+        triton_missing="" if importlib.util.find_spec("triton") else "Triton is not installed",
+        cuda_missing=importlib.import_module(".kernels.native", __package__).unavailable() or "",
+        tuned=tuned.load(arch, card.name),
+    )
+
+
+def forget_plans() -> None:
+    """Read all tables of plans anew when the next operator runs."""
+    _cuda_device.cache_clear()
+    planning.forget_tables()
 
 
 def device_of(x: Tensor, impl: str) -> planning.Device | None:
     """The planner's description of x's card; None on other devices, except where Triton's interpreter runs."""
     if x.device.type == "cuda":
-        return _cuda_device(x.device.index)
+        distributed = torch.distributed
+        return _cuda_device(x.device.index, distributed.is_available() and distributed.is_initialized())
     if x.device.type == "cpu" and impl == "triton":
         try:
             import triton

@@ -7,31 +7,37 @@ import torch
 import torchvision
 
 import fused_resnet
-from benchmarks import environment, parity, plot, roofline, run
+from benchmarks import environment, layers, parity, plot, roofline, run
 from benchmarks.baselines import BASELINES, Absent, Case
+from benchmarks.results import load
+from fused_resnet import tuning
+from fused_resnet.plan import Problem, Work
 
 
 def _resnet50_layers(batch=1):
     with torch.device("meta"):
         model = torchvision.models.resnet50()
-    return {layer.name: layer for layer in roofline.layers(model, (batch, 3, 224, 224), 2)}
+    return roofline.layers(model, (batch, 3, 224, 224), "bfloat16")
 
 
 def test_roofline_counts_by_hand():
-    layers = _resnet50_layers()
-    assert len(layers) == 54  # 53 convolutions and the classifier
-    stem = layers["conv1"]
+    found = _resnet50_layers()
+    assert len(found) == 54  # 53 convolutions and the classifier
+    stem = found["conv1"]
     assert stem.flop == 2 * 112 * 112 * 64 * 3 * 49
     assert stem.bytes == 2 * (3 * 224 * 224 + 64 * 112 * 112 + 64 * 3 * 49)
-    conv = layers["layer2.1.conv2"]
+    conv = found["layer2.1.conv2"]
     assert conv.flop == 2 * 28 * 28 * 128 * 128 * 9
     assert conv.bytes == 2 * (2 * 28 * 28 * 128 + 128 * 128 * 9)
-    assert sum(layer.flop for layer in layers.values()) == pytest.approx(8.18e9, rel=1e-3)
-    assert sum(layer.flop for layer in _resnet50_layers(4).values()) == 4 * sum(l.flop for l in layers.values())
+    down = found["layer2.0.downsample.0"]  # reads every fourth pixel
+    assert down.bytes == 2 * 28 * 28 * (256 + 512) + 2 * 256 * 512
+    assert found["fc"].flop == 2 * 2048 * 1000 and found["fc"].bytes == 2 * (2048 + 1000 + 2048 * 1000)
+    assert sum(layer.flop for layer in found.values()) == pytest.approx(8.18e9, rel=1e-3)
+    assert sum(layer.flop for layer in _resnet50_layers(4).values()) == 4 * sum(l.flop for l in found.values())
 
 
 def test_floor_takes_the_longer_of_arithmetic_and_traffic():
-    work = [roofline.Layer("first", 100, 10), roofline.Layer("second", 10, 100)]
+    work = [Work(100, 10), Work(10, 100)]
     ceilings = roofline.Ceilings(bytes_per_s=10.0, flop_per_s=20.0)
     assert roofline.floor_seconds(work, ceilings, training=False) == 5.0 + 10.0
     assert roofline.floor_seconds(work, ceilings, training=True) == 2 * 5.0 + 3 * 10.0
@@ -130,16 +136,71 @@ def test_write_json_leaves_the_old_file_if_it_fails(tmp_path):
     assert json.loads(path.read_text()) == {"rows": [1]}
 
 
+def _results(*rows):
+    described = {"card": None, "cpu": "a CPU", "commit": "abc", "torch": "2.11"}
+    return {"environment": described, "parity": [], "rows": list(rows)}
+
+
 def test_plot_from_a_file_alone(tmp_path, capsys):
     case = Case("resnet18", "training", 2, "fp32", 32, "cpu")._asdict()
-    row = {**case, "contender": "eager", "median_ms": 10.0, "images_per_s": 200.0}
-    content = {"environment": {"card": None, "cpu": "a CPU", "commit": "abc"}, "parity": [], "rows": [row]}
-    environment.write_json(tmp_path / "r.json", content)
-    assert plot.main([str(tmp_path / "r.json")]) == 0
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    times = {"median_ms": 10.0, "q25_ms": 9.0, "q75_ms": 11.0, "n": 3, "roofline_share": 0.5}
+    whole = {**case, **times, "images_per_s": 200.0, "peak_bytes": 10**9}
+    layer = {**case, **times, "contender": "library", "layer": "layer1.0", "operator": "bn_act", "problem": "2x8x8x64"}
+    failed = {**case, "contender": "compile", "error": "no compiler"}
+    for i, rows in enumerate(
+        (
+            [],
+            [failed],
+            [{**whole, "contender": "eager"}, {**whole, "contender": "fused-auto"}, failed],
+            [{**whole, "contender": "fused-auto", "peak_bytes": None}],
+            [layer],
+        )
+    ):
+        environment.write_json(tmp_path / f"{i}.json", _results(*rows))
+        assert plot.main([str(tmp_path / f"{i}.json")]) == 0
+        assert (tmp_path / f"{i}.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "bad.json").write_text("{")
     assert plot.main([str(tmp_path / "bad.json")]) == 2
     assert "bad.json: not a results file" in capsys.readouterr().err
+
+
+def test_layers_of_a_small_network(tmp_path, capsys):
+    options = ["--model", "resnet18", "--batch", "2", "--size", "32", "--mode", "inference", "--dtype", "fp32"]
+    assert layers.main([*options, "--out", str(tmp_path)]) == 0
+    rows = load(tmp_path / "layers.json")["rows"]
+    assert all("error" not in row for row in rows)
+    for row in rows:
+        assert 0 < row["q25_ms"] <= row["median_ms"] <= row["q75_ms"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
+        assert row["tflop_per_s"] == pytest.approx(row["flop"] / row["median_ms"] / 1e9)
+        assert row["roofline_share"] > 0
+    stem = next(row for row in rows if row["operator"] == "conv_affine" and "7x7" in row["problem"])
+    assert stem["flop"] == 2 * 2 * 16 * 16 * 64 * 3 * 49
+    blocks = [row for row in rows if row["operator"] == "residual_block"]
+    assert {row["contender"] for row in blocks} >= {"library"} and len({row["contender"] for row in blocks}) > 1
+    # Convolutions, weights and vectors of a whole block: an identity block of stage one.
+    block = next(row for row in blocks if row["layer"] == "layer1.0")
+    assert block["flop"] == 2 * (2 * 2 * 8 * 8 * 64 * 64 * 9) and block["count"] == 2
+    assert "x library" in capsys.readouterr().out
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_layers_stop_with_their_budget_and_name_failures(tmp_path, capsys, monkeypatch):
+    options = ["--model", "resnet18", "--batch", "2", "--size", "32", "--dtype", "fp32", "--out", str(tmp_path)]
+    assert layers.main([*options, "--budget", "1e-9"]) == 0
+    assert load(tmp_path / "layers.json")["rows"] == [] and "problems left" in capsys.readouterr().out
+    task = tuning.Task(Problem("bn_act", 2, 5, 5, 16, 16, dtype="float32"), None, "layer1.0", 3, Work(0, 100))
+
+    def times(run):
+        run()
+        raise RuntimeError("no memory\nand more")
+
+    rows = layers.measure(
+        task, Case("resnet18", "training", 2, "fp32", 32, "cpu"), roofline.Ceilings(1, 1), None, times
+    )
+    assert [row["error"] for row in rows] == ["RuntimeError: no memory"]
+    assert "RuntimeError: no memory" in layers.table(rows)
+    assert layers.main(["--batch", "0"]) == layers.main(["--size", "8"]) == layers.main(["--budget", "-1"]) == 2
 
 
 @pytest.mark.parametrize("name", ["graph"])

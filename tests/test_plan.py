@@ -11,8 +11,10 @@ from fused_resnet import plan as planning
 from fused_resnet.plan import (
     MODELS,
     Device,
+    Measured,
     Plan,
     Problem,
+    Table,
     TileConfig,
     Unsupported,
     chunk_pixels,
@@ -21,6 +23,7 @@ from fused_resnet.plan import (
     dump_table,
     load_table,
     model_problems,
+    plan_block,
     plan_for,
     resolve_impl,
     statistics_rows,
@@ -40,11 +43,9 @@ TILE = TileConfig(128, 64, 64, 8, 3)
 def plans(tmp_path, monkeypatch):
     """An empty folder of tables in place of the shipped ones."""
     monkeypatch.setattr(planning, "PLANS", tmp_path)
-    planning.measured_winners.cache_clear()
-    plan_for.cache_clear()
+    planning.forget_tables()
     yield tmp_path
-    planning.measured_winners.cache_clear()
-    plan_for.cache_clear()
+    planning.forget_tables()
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -185,7 +186,7 @@ def test_limits_of_the_cuda_kernels_have_reasons(plans, problem, change, reason)
     problem = replace(problem, **change)
     said = cuda_unsupported(problem, H100)
     assert said is None if reason is None else reason in said
-    entry = table_entry(problem, "cuda", None, 1.0, 2.0)
+    entry = table_entry(problem, {"cuda": 1.0, "library": 2.0}, None)
     if reason is None:
         assert plan_for(problem, H100, "cuda").launch.startswith("launch_")
         assert plan_for(problem, H100, "auto").backend == "library"  # not measured
@@ -227,14 +228,14 @@ def test_table_round_trip(plans):
     other = Problem("bn_act", 32, 56, 56, 64, 64)
     finalize = Problem("bn_finalize", 512, 3, 1, 64, 64, dtype="float32")
     entries = [
-        table_entry(POINTWISE, "triton", TILE, 10.0, 20.0),
-        table_entry(other, "library", TileConfig(32, 64), 9.0, 8.0),
-        table_entry(finalize, "cuda", None, 1.0, 2.0),
+        table_entry(POINTWISE, {"library": 20.0, "triton": 10.0}, TILE),
+        table_entry(other, {"library": 8.0, "triton": 9.0}, TileConfig(32, 64)),
+        table_entry(finalize, {"library": 2.0, "cuda": 1.0}),
     ]
     dump_table(plans / "sm90.json", 90, {"card": "test"}, entries)
     plan = plan_for(POINTWISE, H100, "auto")
     assert (plan.backend, plan.config, plan.module) == ("triton", TILE, "conv1x1")
-    assert plan.reason == "measured on sm90: 10.0 us, library 20.0 us"
+    assert plan.reason == "measured on sm90: triton 10.0 us, library 20.0 us"
     assert plan_for(other, H100, "auto").backend == "library"
     assert plan_for(other, H100, "triton").config == TileConfig(32, 64)
     assert plan_for(finalize, H100, "auto").module == "native"
@@ -242,15 +243,25 @@ def test_table_round_trip(plans):
 
 
 def test_measured_tile_that_does_not_fit_the_card(plans):
-    entries = [table_entry(POINTWISE, "triton", TileConfig(128, 128, 64, 8, 4), 1.0, 2.0)]
+    entries = [table_entry(POINTWISE, {"library": 2.0, "triton": 1.0}, TileConfig(128, 128, 64, 8, 4))]
     dump_table(plans / "sm90.json", 90, {}, entries)
     small = Device(90, 16, 99 * 1024)
-    assert "does not fit" in plan_for(POINTWISE, small, "auto").reason
+    plan = plan_for(POINTWISE, small, "auto")
+    assert plan.backend == "library" and "triton cannot run here: conv_stats: needs 133120 bytes" in plan.reason
     assert plan_for(POINTWISE, small, "triton").reason.endswith("heuristic")
 
 
 @pytest.mark.parametrize(
-    "text", ["", '{"format": 1, "arch": 90, "ent', "[]", '{"format": 99, "arch": 90, "entries": []}']
+    "text",
+    [
+        "",
+        "\0",
+        '{"format": 2, "arch": 90, "ent',
+        "[]",
+        '{"format": 99, "arch": 90, "entries": []}',
+        '{"format": 2}',
+        "[1]",
+    ],
 )
 def test_damaged_table_warns_with_its_name(plans, text):
     (plans / "sm90.json").write_text(text)
@@ -265,20 +276,25 @@ def test_table_of_another_architecture(plans):
 
 
 def test_unknown_entries_are_left_out(plans):
-    good = table_entry(POINTWISE, "triton", TILE, 10.0, 20.0)
+    good = table_entry(POINTWISE, {"library": 20.0, "triton": 10.0}, TILE)
     bad = [
         good | {"problem": good["problem"] | {"op": "conv_winograd"}},
-        good | {"backend": "vulkan"},
+        good | {"us": {"library": 20.0, "vulkan": 10.0}},
+        good | {"us": {"triton": 10.0}},
+        good | {"us": {"library": 20.0, "triton": 0.0}},
+        good | {"us": {"library": float("nan")}},
+        good | {"us": 10.0},
         good | {"config": TILE.__dict__ | {"cluster": 2}},
         good | {"config": None},
         good | {"problem": {"op": "bn_act"}},
+        good | {"problem": good["problem"] | {"dtype": {}}},
         "not an entry",
     ]
     path = plans / "sm90.json"
     dump_table(path, 90, {}, [*bad, good])
-    with pytest.warns(UserWarning, match="6 entries left out"):
-        winners = load_table(path, 90)
-    assert list(winners) == [POINTWISE]
+    with pytest.warns(UserWarning, match="11 entries left out"):
+        measured = load_table(path, 90)
+    assert list(measured) == [POINTWISE]
 
 
 def test_shipped_tables_load():
@@ -287,11 +303,57 @@ def test_shipped_tables_load():
         arch = int(path.stem.removeprefix("sm"))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            winners = load_table(path, arch)
-        for problem, winner in winners.items():
-            if winner.backend == "triton":
-                triton_plan(problem, winner.config, Device.default(arch), "")
+            table = load_table(path, arch)
+        for problem, measured in table.items():
+            if "triton" in measured.us and measured.config is not None:
+                triton_plan(problem, measured.config, Device.default(arch), "")
         assert json.loads(path.read_text())["origin"]
+
+
+FINALIZE = Problem("bn_finalize", 512, 3, 1, 64, 64, dtype="float32")
+BLOCK = Problem("residual_block", 2, 8, 8, 64, 64, 3, 3, epilogue="training identity 1x1-16 3x3-16 1x1-64")
+NO_CUDA = replace(H100, cuda_missing="_C.abi3.so was not built")
+NO_TRITON = replace(H100, triton_missing="Triton is not installed")
+
+
+def test_winner_that_cannot_run_here_leaves_it_to_the_next_with_the_reason(plans):
+    times = {"library": 5.0, "triton": 4.0, "cuda": 3.0}
+    entries = [table_entry(FINALIZE, times, TileConfig(32, 32, 0, 4, 2)), table_entry(BLOCK, times)]
+    dump_table(plans / "sm90.json", 90, {}, entries)
+    measured = "measured on sm90: cuda 3.0 us, triton 4.0 us, library 5.0 us"
+    nothing = replace(NO_CUDA, triton_missing=NO_TRITON.triton_missing)
+    for device, operator, block in (
+        (H100, "cuda", "cuda"),
+        (NO_CUDA, "triton", "triton"),
+        (NO_TRITON, "cuda", "library"),  # a chain always has Triton kernels in it
+        (nothing, "library", "library"),
+    ):
+        for plan, backend in ((plan_for(FINALIZE, device), operator), (plan_block(BLOCK, device), block)):
+            assert plan.backend == backend
+            assert plan.reason.startswith(measured)
+            assert (backend == "cuda") == (plan.reason == measured)
+    assert "; cuda cannot run here: bn_finalize: _C.abi3.so was not built" in plan_for(FINALIZE, NO_CUDA).reason
+    assert plan_block(BLOCK, nothing).reason.count("cannot run here") == 2
+    for device, impl, reason in ((NO_CUDA, "cuda", "was not built"), (NO_TRITON, "triton", "not installed")):
+        with pytest.raises(Unsupported, match=reason):
+            plan_for(FINALIZE, device, impl)
+
+
+def test_a_draw_goes_to_the_library(plans):
+    dump_table(plans / "sm90.json", 90, {}, [table_entry(POINTWISE, {"triton": 2.0, "library": 2.0}, TILE)])
+    assert plan_for(POINTWISE, H100).backend == "library"
+    assert plan_for(POINTWISE, H100, "triton").config == TILE
+
+
+def test_what_was_tuned_on_the_card_counts_before_what_is_shipped(plans):
+    other = replace(POINTWISE, n=8)
+    slower, faster = {"library": 10.0, "triton": 20.0}, {"library": 10.0, "triton": 5.0}
+    shipped = [table_entry(POINTWISE, slower, TILE), table_entry(other, faster, TILE)]
+    dump_table(plans / "sm90.json", 90, {}, shipped)
+    tuned = replace(H100, tuned=Table("mine", {POINTWISE: Measured(faster, TILE, "a card")}))
+    assert plan_for(POINTWISE, H100).backend == "library"
+    assert plan_for(POINTWISE, tuned).backend == plan_for(other, tuned).backend == "triton"
+    assert plan_for(POINTWISE, tuned).reason == "measured on a card: triton 5.0 us, library 10.0 us"
 
 
 @pytest.mark.parametrize("pixels", [1, 255, 256, 257, 50176, 802816, 10**7])

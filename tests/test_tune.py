@@ -1,125 +1,648 @@
-"""Tuning without a GPU: what is collected, which tiles are tried, resuming, budgets, and damaged tables."""
+"""Tuning without a GPU: what is collected, in which order, and what is tried; the gate of correctness; budgets,
+resuming and damaged tables; the user's own table, and processes that write or read it at the same time."""
 
 import json
-from functools import partial
+import os
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.multiprocessing as mp
+import torchvision
 
-from benchmarks import tune
-from fused_resnet import ops, plan, reference, testing
+import fused_resnet
+from benchmarks import tune as command
+from fused_resnet import ops, plan, precompile, reference, testing, tuned, tuning
 from fused_resnet.plan import Problem, TileConfig
+
+H100 = plan.Device.default(90)
+TILE = TileConfig(32, 16)
 
 
 def _problems(count=4):
     return [Problem("bn_act", 1, 8, 8, 16 * (i + 1), 16 * (i + 1)) for i in range(count)]
 
 
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """An empty folder of shipped tables."""
+    folder = tmp_path / "shipped"
+    monkeypatch.setattr(plan, "PLANS", folder)
+    plan.forget_tables()
+    yield folder
+    monkeypatch.undo()
+    plan.forget_tables()
+
+
 class _Lab:
-    """Pretends to measure: every problem takes ten seconds, and the second tile of a kernel wins."""
+    """Pretends to measure: every problem takes ten seconds, and its Triton kernel wins."""
 
     def __init__(self):
         self.seconds, self.measured, self.lines = 0.0, [], []
 
-    def measure(self, problem):
+    def measure(self, task):
         self.seconds += 10
-        self.measured.append(problem)
-        return tune.Measured(plan.table_entry(problem, "triton", TileConfig(32, 16), 5.0, 7.5), ["a tile: too slow"])
+        self.measured.append(task.problem)
+        entry = plan.table_entry(task.problem, {"library": 7.5, "triton": 5.0}, TILE)
+        return tuning.Outcome(entry, ["a tile: too slow"])
 
-    def run(self, problems, path, **options):
-        work = [(problem, partial(self.measure, problem)) for problem in problems]
-        return tune.tune(work, path, 90, {"card": "none"}, clock=lambda: self.seconds, log=self.lines.append, **options)
+    def run(self, problems, path, valid=None, **options):
+        origin = {"card": "none", **(valid or {})}
+        tuner = tuning.Tuner(H100, path, origin, valid or {}, self.measure, log=self.lines.append, clock=self.clock)
+        return tuner.run([tuning.Task(problem) for problem in problems], **options)
+
+    def clock(self):
+        return self.seconds
 
 
-def test_budget_stops_and_the_next_run_goes_on(tmp_path):
+def test_budget_stops_and_the_next_run_goes_on(tmp_path, shipped):
     path, problems, lab = tmp_path / "sm90.json", _problems(), _Lab()
     assert lab.run(problems, path, budget=15) == 2
     assert lab.measured == problems[:2] and "2 problems left" in lab.lines[-1]
     again = _Lab()
     assert again.run(problems, path) == 0
     assert again.measured == problems[2:]
-    winners = plan.load_table(path, 90)
-    assert list(winners) == problems
-    assert winners[problems[0]] == plan.Winner("triton", TileConfig(32, 16), "measured on sm90: 5.0 us, library 7.5 us")
+    table = plan.load_table(path, 90)
+    assert list(table) == problems
+    assert table[problems[0]] == plan.Measured({"library": 7.5, "triton": 5.0}, TILE, "sm90")
     third = _Lab()
     assert third.run(problems, path) == 0 and third.measured == []
     assert third.run(problems, path, again=True) == 0 and third.measured == problems
 
 
-def test_table_is_whole_after_every_problem(tmp_path):
-    path, lab = tmp_path / "sm90.json", _Lab()
-    sizes = []
-    problems = _problems()
+def test_table_is_whole_after_every_problem_and_counts_at_once(tmp_path, shipped):
+    path, sizes = tmp_path / "sm90.json", []
 
-    def measure(problem):
-        if path.exists():
-            sizes.append(len(json.loads(path.read_text())["entries"]))
-        return lab.measure(problem)
+    class Watch(_Lab):
+        def measure(self, task):
+            if path.exists():
+                sizes.append(len(json.loads(path.read_text())["entries"]))
+            assert plan.plan_for(task.problem, H100).backend == "library"
+            return super().measure(task)
 
-    tune.tune([(p, partial(measure, p)) for p in problems], path, 90, {}, log=lambda _: None)
+    Watch().run(_problems(), path)
     assert sizes == [1, 2, 3]
-    assert [p.name for p in tmp_path.iterdir()] == ["sm90.json"]
+    assert {p.name for p in tmp_path.iterdir()} == {"sm90.json", ".sm90.json.lock"}
+    assert {plan.plan_for(problem, H100).backend for problem in _problems()} == {"triton"}
 
 
-def test_damaged_table_is_named_and_replaced(tmp_path):
-    path, lab = tmp_path / "sm90.json", _Lab()
-    path.write_text('{"format": 1, "arch": 90, "entr')
+def test_damaged_table_is_named_and_replaced(tmp_path, shipped):
+    path = tmp_path / "sm90.json"
+    path.write_text('{"format": 2, "arch": 90, "entr')
     with pytest.warns(UserWarning, match="sm90.json: not a usable plan table"):
-        lab.run(_problems(1), path)
+        _Lab().run(_problems(1), path)
     assert len(plan.load_table(path, 90)) == 1
 
 
+def test_table_of_another_environment_is_measured_anew(tmp_path, shipped):
+    path, lab = tmp_path / "sm90.json", _Lab()
+    lab.run(_problems(2), path, valid={"torch": "1"})
+    lab.run(_problems(2), path, valid={"torch": "1"})
+    assert len(lab.measured) == 2
+    with pytest.warns(UserWarning, match="measured with torch '1'; this is '2'"):
+        lab.run(_problems(1), path, valid={"torch": "2"})
+    assert len(plan.load_table(path, 90)) == 1
+
+
+def _tasks(*names, batch=2, size=64, dtype="bf16"):
+    return tuning.collect(command.runs(names, [batch], [dtype], ["training", "inference"], size))
+
+
 def test_collects_what_the_operators_state():
-    problems, blocks = tune.collect(["resnet18"], [2], ["bf16"], ["training", "inference"], 64)
+    tasks = _tasks("resnet18")
+    problems = [task.problem for task in tasks]
     assert {"conv_stats", "conv_dgrad", "conv_wgrad", "conv_affine", "bn_finalize"} <= {p.op for p in problems}
     assert len(set(problems)) == len(problems)
-    assert len(blocks) == 2 * 7  # an identity block for each of four stages, and three with a projection
-    assert all(block.shape[1:] == (block.problem.c, block.problem.h, block.problem.w) for block in blocks)
+    blocks = [task for task in tasks if task.call]
+    # An identity block for each of four stages, three with a projection, and the stem, in both modes.
+    assert len(blocks) == 2 * 8
+    assert {task.problem.op for task in blocks} == set(plan.BLOCK_OPS)
+    assert {task.layer for task in tasks} >= {"ResNet", "layer1.0", "layer4.1"}
+    counts = {task.problem.epilogue: task.count for task in blocks}
+    assert counts["training identity 3x3-64 3x3-64"] == 2 and counts["training projection 3x3-128 3x3-128"] == 1
+    for problem, call, *_ in blocks:
+        assert tuple(call.arguments[0].shape) == (problem.n, problem.c, problem.h, problem.w)
+        assert call.arguments[0].is_meta
 
 
-def test_candidates_are_legal_distinct_and_begin_with_the_heuristic():
-    device = plan.Device.default(90)
+def test_work_begins_where_most_bytes_move_and_goes_on_block_by_block():
+    tasks = _tasks("resnet50", batch=256, size=224)
+    index = {task.problem: i for i, task in enumerate(tasks)}
+    blocks = [task.problem for task in tasks if task.call]
+    # Two blocks of 256 channels on 56 x 56 pixels move most; five of stage three move more than two of stage four.
+    assert blocks[0].epilogue == "training identity 1x1-64 3x3-64 1x1-256"
+    order = [b.epilogue.split("1x1-")[-1] for b in blocks if b.epilogue.startswith("training identity")]
+    assert order == ["256", "512", "1024", "2048"]
+    assert all("training" in block.epilogue for block in blocks[:4])
+    # A block comes behind its operators, the largest of them first.
+    mine = [task.problem for task in tasks[: index[blocks[0]]]]
+    assert {"conv1x1_join", "cross_moments", "bn_finalize"} <= {p.op for p in mine}
+    assert {(p.h, p.w) for p in mine if p.op.startswith("conv")} == {(56, 56)}
+    assert mine[-1].op in plan.VECTOR_OPS
+
+
+def test_models_of_other_makers_are_collected_too():
+    model = torchvision.models.resnet18()
+    assert tuning.collect([(model, torch.empty(2, 3, 64, 64))]) == []
+    tasks = tuning.collect([(fused_resnet.fuse(model).eval(), torch.empty(2, 3, 64, 64))])
+    assert {task.problem.op for task in tasks} == {"residual_block", "conv_affine"}
+    lone = fused_resnet.FusedConvBNAct(8, 8).eval()
+    assert [t.problem.op for t in tuning.collect([(lone, torch.empty(1, 8, 5, 5))])][-1] == "residual_block"
+
+
+def test_alternatives_are_legal_distinct_and_begin_with_the_heuristic():
     problem = Problem("conv_affine", 8, 28, 28, 128, 512, 1, 1, epilogue="affine")
-    tiles = list(tune.candidates(problem, device))
-    assert tiles[0] == plan.triton_plan(problem, None, device, "").config
+    tiles = [chosen.config for chosen in tuning.alternatives(problem, H100)]
+    assert tiles == plan.candidates(problem, H100)
+    assert tiles[0] == plan.triton_plan(problem, None, H100, "").config
     assert len(tiles) == len(set(tiles)) > 4
-    assert all(plan.unsupported(problem, tile, device) is None for tile in tiles)
-    assert list(tune.candidates(Problem("conv_affine", 1, 8, 8, 8, 8, 1, 1, dtype="float64"), device)) == []
+    assert all(plan.unsupported(problem, tile, H100) is None for tile in tiles)
+    assert list(tuning.alternatives(replace(problem, dtype="float64"), H100)) == []
+    assert plan.candidates(replace(problem, dtype="float64"), H100) == []
 
 
-def test_plans_of_measured_blocks_and_operators(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "PLANS", tmp_path)
+def test_alternatives_are_those_that_can_run_here():
+    finalize = Problem("bn_finalize", 512, 3, 1, 64, 64, dtype="float32")
+    backends = [chosen.backend for chosen in tuning.alternatives(finalize, H100)]
+    assert backends[0] == "cuda" and set(backends[1:]) == {"triton"}
+    without = replace(H100, cuda_missing="not built")
+    assert {chosen.backend for chosen in tuning.alternatives(finalize, without)} == {"triton"}
+    neither = replace(without, triton_missing="not installed")
+    assert list(tuning.alternatives(finalize, neither)) == []
+    block = tuning.Task(replace(finalize, op="residual_block"), tuning.Call(print, ()))
+    assert tuning.with_kernels([tuning.Task(finalize), block], neither) == [block]
+
+
+# The gate, on the interpreter
+
+
+class _Times:
+    """A timer that runs each call once and says the next time of a list, then the last one for ever."""
+
+    def __init__(self, *times):
+        self.times, self.seen = list(times), []
+
+    def __call__(self, run, best=float("inf")):
+        run()
+        self.seen.append(best)
+        return self.times.pop(0) if len(self.times) > 1 else self.times[0]
+
+
+SMALL = Problem("bn_act", 2, 5, 5, 16, 16, dtype="float32")
+
+
+def test_fastest_right_tile_wins(monkeypatch):
+    tiles = plan.candidates(SMALL, H100)
+    timer = _Times(9.0, 7.0, 8.0, 3.0, 5.0)
+    entry, rejected = tuning.measure_operator(SMALL, H100, timer, "cpu")
+    assert rejected == []
+    assert entry == plan.table_entry(SMALL, {"library": 9.0, "triton": 3.0}, tiles[2])
+    assert timer.seen[:5] == [float("inf"), float("inf"), 7.0, 7.0, 3.0]
+
+
+def test_wrong_or_failing_kernels_never_win(monkeypatch):
+    first, second, *_ = plan.candidates(SMALL, H100)
+    right = tuning.launcher
+
+    def launcher(chosen):
+        if chosen.config == first:
+            return lambda a, relu: reference.bn_act(a, not relu)
+        if chosen.config == second:
+            return lambda a, relu: 1 / 0
+        return right(chosen)
+
+    monkeypatch.setattr(tuning, "launcher", launcher)
+    entry, rejected = tuning.measure_operator(SMALL, H100, _Times(9.0, 1.0, 4.0), "cpu")
+    assert entry["us"] == {"library": 9.0, "triton": 4.0}
+    assert entry["config"] != plan.table_entry(SMALL, {}, first)["config"]
+    assert len(rejected) == 2 and "bn_act result 0" in rejected[0] and "ZeroDivisionError" in rejected[1]
+    monkeypatch.setattr(tuning, "launcher", lambda chosen: lambda a, relu: reference.bn_act(a, not relu))
+    entry, rejected = tuning.measure_operator(SMALL, H100, _Times(9.0, 1.0), "cpu")
+    assert entry == plan.table_entry(SMALL, {"library": 9.0}) and len(rejected) == len(plan.candidates(SMALL, H100))
+
+
+def test_cuda_kernel_is_tried_beside_triton_and_may_win(monkeypatch):
+    finalize = Problem("bn_finalize", 64, 3, 1, 16, 16, dtype="float32")
+    right = tuning.launcher
+    fake = {"cuda": lambda chosen: reference.bn_finalize}
+    monkeypatch.setattr(tuning, "launcher", lambda chosen: fake.get(chosen.backend, right)(chosen))
+    entry, _ = tuning.measure_operator(finalize, H100, _Times(9.0, 2.0, 4.0), "cpu")
+    assert entry["us"] == {"library": 9.0, "cuda": 2.0, "triton": 4.0}
+    assert TileConfig(**entry["config"]) == plan.candidates(finalize, H100)[0]
+
+
+@contextmanager
+def _planned_for(device, monkeypatch):
+    """CPU tensors are planned for a card, and run its Triton kernels in the interpreter."""
+    monkeypatch.setattr(ops, "device_of", lambda x, impl: device)
+    yield
+    plan.forget_tables()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_block_is_timed_as_the_library_runs_it_and_as_the_chain_does(shipped, monkeypatch, training):
+    block = torch.nn.Sequential(fused_resnet.FusedBasicBlock(16, 16)).train(training)
+    tasks = tuning.collect([(block, torch.empty(2, 16, 6, 6))])
+    task = tasks[-1]
+    ran = []
+
+    class Watch(_Times):
+        def __call__(self, run, best=float("inf")):
+            chosen = plan.plan_block(task.problem, H100)
+            measured = next(t.problem for t in tasks if t.problem.op in ("bn_act", "conv_affine"))
+            ran.append((chosen.backend, plan.plan_for(measured, H100).backend))
+            return super().__call__(run, best)
+
+    with _planned_for(H100, monkeypatch):
+        table = plan.measurements(H100)
+        for problem, call, *_ in tasks[:-1]:
+            if call is None and problem.op in ("bn_act", "bn_join", "conv_affine"):
+                tile = plan.candidates(problem, H100)[0]
+                table[problem] = plan.Measured({"library": 2.0, "triton": 1.0}, tile, "sm90")
+        table[task.problem] = plan.Measured({"library": 9.0, "triton": 1.0}, None, "sm90")
+        before = dict(table)
+        entry, rejected = tuning.measure_block(task, H100, Watch(50.0, 30.0), "cpu")
+        assert plan.measurements(H100) == before
+    assert rejected == []
+    assert entry == plan.table_entry(task.problem, {"library": 50.0, "triton": 30.0})
+    assert ran == [("library", "triton"), ("triton", "triton")]
+
+
+def test_chain_with_cuda_kernels_is_timed_without_them_too(shipped, monkeypatch):
+    block = torch.nn.Sequential(fused_resnet.FusedBasicBlock(16, 16))
+    tasks = tuning.collect([(block, torch.empty(2, 16, 6, 6))])
+    finalize = next(t.problem for t in tasks if t.problem.op == "bn_finalize")
+    ran = []
+
+    def timer(run, best=float("inf")):
+        ran.append((plan.plan_block(tasks[-1].problem, H100).backend, plan.plan_for(finalize, H100).backend))
+        return 10.0 - len(ran)
+
+    with _planned_for(H100, monkeypatch):
+        tile = plan.candidates(finalize, H100)[0]
+        times = {"library": 3.0, "triton": 2.0, "cuda": 1.0}
+        plan.measurements(H100)[finalize] = plan.Measured(times, tile, "sm90")
+        entry, _ = tuning.measure_block(tasks[-1], H100, timer, "cpu")
+    assert ran == [("library", "cuda"), ("triton", "triton"), ("cuda", "cuda")]
+    assert entry["us"] == {"library": 9.0, "triton": 8.0, "cuda": 7.0}
+
+
+def test_failing_chain_is_rejected_and_the_library_stays(shipped, monkeypatch):
+    tasks = tuning.collect([(fused_resnet.FusedBasicBlock(16, 16).eval(), torch.empty(1, 16, 6, 6))])
+
+    def timer(run, best=float("inf")):
+        if plan.plan_block(tasks[-1].problem, H100).backend == "triton":
+            raise RuntimeError("out of resources")
+        return 4.0
+
+    with _planned_for(H100, monkeypatch):
+        entry, rejected = tuning.measure_block(tasks[-1], H100, timer, "cpu")
+    assert entry["us"] == {"library": 4.0} and rejected == ["triton: RuntimeError: out of resources"]
+
+
+# The user's own table
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A user's folder of tuned plans."""
+    monkeypatch.setenv("FUSED_RESNET_PLANS", str(tmp_path / "plans"))
+    return tmp_path / "plans"
+
+
+def _write(card, problems, times=None):
+    path = tuned.location(90, card)
+    entries = [plan.table_entry(p, times or {"library": 2.0, "triton": 1.0}, TILE) for p in problems]
+    tuning.save(path, 90, tuned.stamp(card), entries, tuned.stamp(card))
+    return path
+
+
+def test_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("FUSED_RESNET_PLANS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuned.folder() == tmp_path / "fused_resnet"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert tuned.folder().parts[-2:] == (".cache", "fused_resnet")
+    monkeypatch.setenv("FUSED_RESNET_PLANS", "/somewhere")
+    assert str(tuned.folder()) == "/somewhere"
+    monkeypatch.setenv("FUSED_RESNET_PLANS", "")
+    assert tuned.folder() is None and tuned.location(90, "card") is None and tuned.load(90, "card") is None
+
+
+def test_tuned_table_is_found_by_card_and_environment(home, monkeypatch):
+    assert tuned.load(90, "H100") is None
+    path = _write("H100", _problems(2))
+    table = tuned.load(90, "H100")
+    assert table.name == str(path) and list(table.measured) == _problems(2)
+    assert table.measured[_problems(1)[0]].reason == "measured on H100: triton 1.0 us, library 2.0 us"
+    assert tuned.load(90, "H200") is None
+    for name, value in (("torch.__version__", "9.9"), ("fused_resnet.tuned._sources", lambda: "edited")):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, value)
+            assert tuned.load(90, "H100") is None
+    path.rename(tuned.location(90, "H200"))
+    with pytest.warns(UserWarning, match="measured with card 'H100'; this is 'H200'"):
+        assert tuned.load(90, "H200").measured == {}
+
+
+def test_stamp_changes_with_the_package_files(monkeypatch):
+    before = tuned.stamp("card")
+    assert set(before) == {"card", "torch", "triton", "fused_resnet"} and before["torch"] == torch.__version__
+    tuned._sources.cache_clear()
+    read = tuned.Path.read_bytes
+    monkeypatch.setattr(tuned.Path, "read_bytes", lambda p: read(p) + (b"#" if p.name == "conv1x1.py" else b""))
+    assert tuned.stamp("card")["fused_resnet"] != before["fused_resnet"]
+    monkeypatch.undo()
+    tuned._sources.cache_clear()
+    assert tuned.stamp("card") == before
+
+
+@pytest.mark.parametrize("text", ["", '{"format": 2, "arch": 90, "ent', "[]", '{"format": 2, "arch": 80}'])
+def test_damaged_user_table_warns_with_its_name(home, text):
+    path = _write("H100", _problems(1))
+    path.write_text(text)
+    with pytest.warns(UserWarning, match=path.name):
+        assert tuned.load(90, "H100").measured == {}
+
+
+def test_user_table_with_an_unknown_kernel_keeps_the_rest(home):
+    path = _write("H100", _problems(2))
+    table = json.loads(path.read_text())
+    table["entries"][0]["us"]["winograd"] = 0.1
+    path.write_text(json.dumps(table))
+    with pytest.warns(UserWarning, match=rf"{path.name}: 1 entries left out, the first: unknown kernel: winograd"):
+        assert list(tuned.load(90, "H100").measured) == _problems(2)[1:]
+
+
+def test_folder_that_cannot_be_read_warns(home):
+    _write("H100", _problems(1))
+    tuned.location(90, "H200").mkdir()
+    with pytest.warns(UserWarning, match=tuned.location(90, "H200").name):
+        assert tuned.load(90, "H200") is None
+
+
+def _tune_beside(rank, path):
+    for i in range(15):
+        problem = Problem("bn_act", 1, 8, 8, 8 * (i + 1), 8 * (i + 1), groups=rank + 1)
+        tuning.save(path, 90, {}, [plan.table_entry(problem, {"library": 1.0})], {})
+
+
+def test_two_processes_that_tune_lose_nothing(tmp_path):
+    fork = mp.get_context("fork")
+    processes = [fork.Process(target=_tune_beside, args=(rank, tmp_path / "sm90.json")) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = plan.load_table(tmp_path / "sm90.json", 90)
+    assert {(p.c // 8, p.groups) for p in table} == {(i + 1, rank + 1) for i in range(15) for rank in range(2)}
+
+
+def _rank(rank, folder):
+    """Each rank has a folder of its own; the second one's holds a table at first, and changes later."""
+    torch.set_num_threads(1)
+    os.environ["FUSED_RESNET_PLANS"] = f"{folder}/{rank}"
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        if rank == 1:
+            _write("H100", _problems(3))
+            tables = [tuned.load(90, "H100")]
+            _write("H100", _problems(4))
+            tables.append(tuned.load(90, "H100"))
+            distributed.barrier()
+        else:
+            distributed.barrier()
+            tables = [tuned.load(90, "H100"), tuned.load(90, "H100")]
+        other = tuned.load(90, "H200")
+        torch.save(([list(t.measured) for t in tables], other), f"{folder}/{rank}.pt")
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_ranks_of_a_job_use_one_table(tmp_path):
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        tables, other = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert tables == [_problems(3)] * 2 and other is None
+
+
+def test_job_without_a_store_goes_without_tuned_plans(home, monkeypatch):
+    _write("H100", _problems(1))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: None)
+    with pytest.warns(UserWarning, match="no key-value store"):
+        assert tuned.load(90, "H100") is None
+
+
+# tune
+
+
+@pytest.fixture
+def card(home, shipped, monkeypatch):
+    """A pretended CUDA device, on which a lab measures."""
+    lab = _Lab()
+
+    class Bench:
+        device = replace(H100, cuda_missing="not built")
+        measure = staticmethod(lab.measure)
+        ahead = staticmethod(lambda tasks: nullcontext())
+
+    monkeypatch.setattr(tuning, "Bench", Bench)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    return lab
+
+
+def test_tune_writes_the_users_table(card, home):
+    model, lines = torch.nn.Sequential(fused_resnet.FusedBasicBlock(16, 16)), []
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.empty(2, 16, 6, 6, dtype=torch.bfloat16)
+    done = fused_resnet.tune(model, x, log=lines.append)
+    assert done.path == tuned.location(90, "H100") and done.left == 0 and len(lines) >= done.problems
+    table = tuned.load(90, "H100").measured
+    assert len(table) == done.problems == len(set(card.measured))
+    assert card.measured[-1].op == "residual_block" and "training" in card.measured[-1].epilogue
+    assert all(problem.dtype in ("bfloat16", "float32") for problem in table)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    again = fused_resnet.tune(model, x, budget=1, log=lines.append)
+    assert again == done and len(card.measured) == done.problems
+    model.eval()
+    with torch.no_grad():
+        part = fused_resnet.tune(model, x.float(), budget=1e-9, log=lines.append)
+    assert part.left == part.problems > 0 and "problems left" in lines[-1]
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_tune_follows_autocast(card):
+    model = fused_resnet.FusedBasicBlock(16, 16).eval()
+    with torch.autocast("cuda", torch.float16):
+        fused_resnet.tune(model, torch.empty(2, 16, 6, 6), log=lambda _: None)
+    assert {p.dtype for p in card.measured} == {"float16"}
+
+
+def test_tune_refuses(card, monkeypatch):
+    block, x = fused_resnet.FusedBasicBlock(16, 16), torch.empty(2, 16, 6, 6)
+    with pytest.raises(TypeError, match="example: expected a tensor, got list"):
+        fused_resnet.tune(block, [x])
+    for budget in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="budget: expected a positive number of seconds, got"):
+            fused_resnet.tune(block, x, budget=budget)
+    with pytest.raises(ValueError, match="model: nothing in it is fused"):
+        fused_resnet.tune(torch.nn.Conv2d(16, 16, 1), x)
+    with monkeypatch.context() as patch:
+        patch.setenv("FUSED_RESNET_PLANS", "")
+        with pytest.raises(RuntimeError, match="FUSED_RESNET_PLANS is empty"):
+            fused_resnet.tune(block, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 8)
+        with pytest.raises(RuntimeError, match="in a distributed job"):
+            fused_resnet.tune(block, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(RuntimeError, match="needs a CUDA device"):
+            fused_resnet.tune(block, x)
+    assert card.measured == []
+
+
+# Compiling ahead
+
+
+def test_compile_job_compiles_instead_of_launching(monkeypatch):
+    from fused_resnet.kernels import bn
+
+    compiled = []
+
+    class Kernel:
+        def run(self, *args, grid, warmup, **options):
+            compiled.append((warmup, grid, options["num_warps"]))
+
+    problem = Problem("bn_act", 4, 6, 6, 24, 24)
+    monkeypatch.setattr(bn, "_bn_act_kernel", Kernel())
+    kernel = bn._bn_act_kernel
+    precompile.compile_job(problem, plan.triton_plan(problem, None, H100, ""))
+    assert [warmup for warmup, _, _ in compiled] == [True]
+    assert bn._bn_act_kernel is kernel
+
+
+def test_compile_job_fills_tritons_cache(tmp_path):
+    """Where there is no GPU, a driver that only names one: compiling needs no more."""
+    pytest.importorskip("triton")
+    code = """
+import triton
+from triton.backends.compiler import GPUTarget
+
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+triton.runtime.driver.set_active(Driver())
+from fused_resnet import plan, precompile
+problem = plan.Problem("bn_act", 4, 6, 6, 24, 24)
+precompile.compile_job(problem, plan.triton_plan(problem, None, plan.Device.default(90), ""))
+"""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.rglob("*.cubin")] == ["_bn_act_kernel.cubin"]
+
+
+def test_workers_get_their_share_in_order_and_end_with_the_block(tmp_path, monkeypatch):
+    """Workers that note their jobs and then wait for ever."""
+    code = f"""
+import json, sys, time
+from fused_resnet import precompile
+def note(problem, chosen):
+    with open({str(tmp_path)!r} + f"/{{problem.n % 2}}", "a") as file:
+        print(problem.n, chosen.config.block_m, file=file)
+    if problem.n > 6:
+        time.sleep(600)
+precompile.compile_job = note
+precompile.torch.cuda.set_device = lambda index: None
+"""
+    (tmp_path / "sitecustomize.py").write_text("")
+    (tmp_path / "patched.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(precompile, "_JOBS_PER_WORKER", 4)
+    monkeypatch.setattr(precompile.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(precompile, "__name__", "fused_resnet.precompile")
+    popen, started = precompile.subprocess.Popen, []
+
+    def start(words, **options):
+        started.append(popen([words[0], "-c", "import patched; " + words[2]], **options))
+        return started[-1]
+
+    monkeypatch.setattr(precompile.subprocess, "Popen", start)
+    problem = Problem("bn_act", 1, 6, 6, 24, 24)
+    chosen = plan.triton_plan(problem, None, H100, "")
+    jobs = [(replace(problem, n=i), chosen) for i in range(8)]
+    with precompile.workers(jobs, 0) as count:
+        assert count == 2
+        stop = time.monotonic() + 60
+        files = [tmp_path / "0", tmp_path / "1"]
+        while time.monotonic() < stop and not all(f.exists() and len(f.read_text().split()) == 8 for f in files):
+            time.sleep(0.1)
+        assert [f.read_text().split()[::2] for f in files] == [["0", "2", "4", "6"], ["1", "3", "5", "7"]]
+    assert all(worker.poll() is not None for worker in started)
+    with precompile.workers(jobs[:3], 0) as count:
+        assert count == 0
+
+
+# The command
+
+
+def test_plans_of_measured_blocks_and_operators(shipped):
     operator = Problem("bn_act", 1, 8, 8, 16, 16)
     block = Problem("residual_block", 2, 8, 8, 64, 64, 3, 3, epilogue="training identity 1x1-16 3x3-16 1x1-64")
-    device = plan.Device.default(90)
-    plan.forget_tables()
-    assert plan.plan_block(block, device).backend == plan.plan_for(operator, device).backend == "library"
+    assert plan.plan_block(block, H100).backend == plan.plan_for(operator, H100).backend == "library"
     entries = [
-        plan.table_entry(operator, "triton", TileConfig(32, 16), 2.0, 3.0),
-        plan.table_entry(block, "triton", None, 50.0, 80.0),
+        plan.table_entry(operator, {"library": 3.0, "triton": 2.0}, TILE),
+        plan.table_entry(block, {"library": 80.0, "triton": 50.0}),
     ]
-    plan.dump_table(tmp_path / "sm90.json", 90, {}, entries)
+    plan.dump_table(shipped / "sm90.json", 90, {}, entries)
     plan.forget_tables()
-    try:
-        assert plan.plan_for(operator, device).launch == "launch_bn_act"
-        assert plan.plan_block(block, device).backend == "triton"
-        assert plan.plan_block(block, device).reason == "measured on sm90: 50.0 us, library 80.0 us"
-    finally:
-        monkeypatch.undo()
-        plan.forget_tables()
+    assert plan.plan_for(operator, H100).launch == "launch_bn_act"
+    assert plan.plan_block(block, H100).backend == "triton"
+    assert plan.plan_block(block, H100).reason == "measured on sm90: triton 50.0 us, library 80.0 us"
+
+
+def test_command_writes_the_table_of_the_card(card, tmp_path, monkeypatch):
+    described = dict.fromkeys(("card", "driver", "torch", "cuda", "cudnn", "triton", "date", "commit", "cpu"), "known")
+    monkeypatch.setattr(command.environment, "describe", lambda: described)
+    options = ["--models", "resnet18", "--batches", "2", "--size", "64", "--out", str(tmp_path / "out")]
+    assert command.main([*options, "--budget", "1e-9"]) == 3
+    assert command.main(options) == 0
+    table = json.loads((tmp_path / "out" / "sm90.json").read_text())
+    version = fused_resnet.__version__
+    assert table["origin"] == {"fused_resnet": version} | {k: v for k, v in described.items() if k != "cpu"}
+    assert len(table["entries"]) == len(set(card.measured)) > 50
 
 
 def test_needs_a_gpu_or_a_dry_run(capsys):
     if not torch.cuda.is_available():
-        assert tune.main([]) == 2
+        assert command.main([]) == 2
         assert "--dry-run" in capsys.readouterr().err
-    assert tune.main(["--batches", "0", "--dry-run", "sm90"]) == 2
-    assert tune.main(["--models", "resnet18", "--batches", "2", "--size", "64", "--dry-run", "sm90"]) == 0
-    assert "14 blocks" in capsys.readouterr().out
+    assert command.main(["--batches", "0", "--dry-run", "sm90"]) == 2
+    assert command.main(["--models", "resnet18", "--batches", "2", "--size", "64", "--dry-run", "sm90"]) == 0
+    assert "16 blocks" in capsys.readouterr().out
 
 
 def _recorded(dtype):
-    problems = tune.collect(["resnet50"], [2], [dtype], ["training", "inference"], 32)[0]
+    problems = [task.problem for task in _tasks("resnet50", size=32, dtype=dtype) if task.call is None]
     return {(p.op, p.prologue, p.epilogue, p.stride, p.r): p for p in reversed(problems)}.values()
 
 
@@ -131,14 +654,17 @@ def test_sample_arguments_fit_every_operator():
         arguments = testing.operator_arguments(problem, torch.Generator().manual_seed(0), "cpu")
         results = testing.comparable(problem.op, getattr(reference, problem.op)(*arguments))
         assert results and all(torch.isfinite(r).all() for r in results), problem.op
+        shapes = testing.operator_arguments(problem, torch.Generator().manual_seed(0), "meta")
+        for real, shape in zip(*map(torch.utils._pytree.tree_leaves, (arguments, shapes))):
+            if isinstance(real, torch.Tensor):
+                assert (real.shape, real.dtype, real.stride()) == (shape.shape, shape.dtype, shape.stride())
 
 
 def test_check_operator_catches_a_wrong_kernel():
-    problem = Problem("bn_act", 2, 5, 5, 16, 16, dtype="float32")
     generator = torch.Generator().manual_seed(0)
-    testing.check_operator(problem, reference.bn_act, generator, "cpu")
+    testing.check_operator(SMALL, reference.bn_act, generator, "cpu")
     with pytest.raises(AssertionError, match="bn_act result 0"):
-        testing.check_operator(problem, lambda a, relu: reference.bn_act(a, not relu), generator, "cpu")
+        testing.check_operator(SMALL, lambda a, relu: reference.bn_act(a, not relu), generator, "cpu")
 
 
 @pytest.mark.gpu
@@ -147,9 +673,24 @@ def test_every_kernel_of_resnet50_within_the_error_budget_on_the_device():
     device = ops.device_of(torch.empty(0, device="cuda"), "auto")
     checked = 0
     for dtype in ("bf16", "fp16", "fp32"):
-        for problem in tune.collect(["resnet50"], [2], [dtype], ["training", "inference"], 96)[0]:
-            if plan.unsupported(problem, None, device) is None:
-                run = tune.launcher(plan.triton_plan(problem, None, device, ""))
+        for problem, call, *_ in _tasks("resnet50", size=96, dtype=dtype):
+            if call is None and plan.unsupported(problem, None, device) is None:
+                run = tuning.launcher(plan.triton_plan(problem, None, device, ""))
                 testing.check_operator(problem, run, torch.Generator().manual_seed(0), "cuda")
                 checked += 1
     assert checked > 100
+
+
+@pytest.mark.gpu
+def test_tune_on_the_device(home):
+    """A small block in both modes; the second run finds everything measured, and plans are chosen from it."""
+    block = fused_resnet.FusedBottleneck(64, 16).cuda()
+    x = torch.randn(8, 64, 14, 14, device="cuda", dtype=torch.bfloat16)
+    for training in (True, False):
+        block.train(training)
+        done = fused_resnet.tune(block, x)
+        assert done.left == 0 and done.path.exists()
+        assert fused_resnet.tune(block, x, budget=1e-9) == done
+        records = fused_resnet.explain(block, x)
+        assert any("measured on" in record.reason for record in records)
+    fused_resnet.ops.forget_plans()

@@ -1,33 +1,36 @@
 """Which kernel runs a problem, and why: Problem -> Plan, in plain Python, testable without a GPU or PyTorch.
 
-A plan comes from the table of measured winners of the card's architecture (``plans/sm90.json``), or, when a
-Triton kernel was asked for by name, from a heuristic. Under ``impl="auto"`` a problem nobody has measured on this
-architecture goes to the library kernel: a fused kernel is chosen only where it was seen to win.
+A plan comes from what was measured on the user's own card (`fused_resnet.tune`) or on its architecture
+(``plans/sm90.json``), or, when a Triton kernel was asked for by name, from a heuristic. Under ``impl="auto"`` a problem
+that nobody has measured goes to the library kernel: a fused kernel is chosen only where it was seen to win.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 from .cuda import CUDA_LAUNCHES, cuda_plan, cuda_unsupported
-from .families import FAMILIES, VECTOR_OPS, gemm_smem, triton_plan, unsupported
+from .families import FAMILIES, VECTOR_OPS, candidates, gemm_smem, triton_plan, unsupported
 from .layers import MODELS, model_problems
 from .problem import (
     ARCHITECTURES,
     BLOCK_OPS,
     Device,
+    Measured,
     Plan,
     Problem,
+    Table,
     TileConfig,
     Unsupported,
     chunk_pixels,
     statistics_rows,
 )
-from .tables import Winner, dump_table, load_table, read_entries, table_entry
+from .tables import dump_table, load_table, parse_entries, parse_table, read_text, table_entry
+from .work import Work, work_of
 
 __all__ = [
     "ARCHITECTURES",
@@ -39,11 +42,14 @@ __all__ = [
     "PLANS",
     "VECTOR_OPS",
     "Device",
+    "Measured",
     "Plan",
     "Problem",
+    "Table",
     "TileConfig",
     "Unsupported",
-    "Winner",
+    "Work",
+    "candidates",
     "check_impl",
     "chunk_pixels",
     "cuda_plan",
@@ -54,17 +60,20 @@ __all__ = [
     "forget_tables",
     "gemm_smem",
     "load_table",
-    "measured_winners",
+    "measurements",
     "model_problems",
+    "parse_entries",
+    "parse_table",
     "plan_block",
     "plan_for",
-    "read_entries",
+    "read_text",
     "resolve_impl",
     "statistics_rows",
     "table_entry",
     "triton_plan",
     "unsupported",
     "use",
+    "work_of",
 ]
 
 IMPLS = ("auto", "reference", "triton", "cuda")
@@ -113,6 +122,37 @@ def use(impl: str) -> Iterator[None]:
         _choice.impl = outer
 
 
+def _plan_with(backend: str, problem: Problem, config: TileConfig | None, device: Device, reason: str) -> Plan:
+    """The Plan that runs ``problem`` with a backend; `Unsupported` if it cannot, here or anywhere."""
+    if backend == "library":
+        return Plan("library", None, reason)
+    missing = device.triton_missing if backend == "triton" else device.cuda_missing
+    if missing:
+        raise Unsupported(f"{problem.op}: {missing}")
+    if backend == "triton":
+        return triton_plan(problem, config, device, reason)
+    return cuda_plan(problem, device, reason)
+
+
+def _block_with(backend: str, device: Device, reason: str) -> Plan:
+    """`_plan_with` for a whole block, whose chain always has Triton kernels in it."""
+    needed = {"library": (), "triton": (device.triton_missing,), "cuda": (device.triton_missing, device.cuda_missing)}
+    if missing := "; ".join(filter(None, needed[backend])):
+        raise Unsupported(missing)
+    return Plan(backend, None, reason)
+
+
+def _fastest(measured: Measured, plan_with: Callable[[str, str], Plan]) -> Plan:
+    """``plan_with(backend, reason)`` of the fastest backend that can run here; the reason says what was faster."""
+    reason = measured.reason
+    for backend in measured.ranking:
+        try:
+            return plan_with(backend, reason)
+        except Unsupported as error:
+            reason += f"; {backend} cannot run here: {error}"
+    raise AssertionError(f"{measured}: a measurement without the library")
+
+
 @lru_cache(maxsize=8192)
 def plan_for(problem: Problem, device: Device | None, impl: str = "auto") -> Plan:
     """Choose a backend for ``problem``. ``device`` None means tensors on the CPU.
@@ -120,8 +160,8 @@ def plan_for(problem: Problem, device: Device | None, impl: str = "auto") -> Pla
     ========== ==================================================================================================
     impl       choice
     ========== ==================================================================================================
-    auto       the measured winner of this architecture; the library kernel where nothing was measured, so that no
-               unmeasured kernel is chosen silently; the reference without a CUDA device
+    auto       the fastest that was measured and can run here; the library kernel where nothing was measured, so that
+               no unmeasured kernel is chosen silently; the reference without a CUDA device
     triton     the Triton kernel, with its measured tile if there is one, else the heuristic's
     cuda       the kernel of the compiled C++/CUDA library
     reference  plain PyTorch
@@ -137,56 +177,50 @@ def plan_for(problem: Problem, device: Device | None, impl: str = "auto") -> Pla
             return Plan("reference", None, "no CUDA device")
         raise Unsupported(f"{problem.op}: no CUDA device")
     if impl == "cuda":
-        return cuda_plan(problem, device, "asked for")
-    winner = measured_winners(device.arch).get(problem)
+        return _plan_with("cuda", problem, None, device, "asked for")
+    measured = measurements(device).get(problem)
     if impl == "triton":
-        if winner is not None and winner.config is not None and not unsupported(problem, winner.config, device):
-            return triton_plan(problem, winner.config, device, winner.reason)
-        return triton_plan(problem, None, device, "asked for; tile from the heuristic")
-    if winner is None:
+        if measured is not None and measured.config and not unsupported(problem, measured.config, device):
+            return _plan_with("triton", problem, measured.config, device, measured.reason)
+        return _plan_with("triton", problem, None, device, "asked for; tile from the heuristic")
+    if measured is None:
         return Plan("library", None, f"not measured on sm{device.arch}")
-    if winner.backend == "triton":
-        if reason := unsupported(problem, winner.config, device):
-            return Plan("library", None, f"the measured tile does not fit this card: {reason}")
-        return triton_plan(problem, winner.config, device, winner.reason)
-    if winner.backend == "cuda":
-        if reason := cuda_unsupported(problem, device):
-            return Plan("library", None, f"the measured kernel cannot run on this card: {reason}")
-        return cuda_plan(problem, device, winner.reason)
-    return Plan("library", None, winner.reason)
+    return _fastest(measured, lambda backend, reason: _plan_with(backend, problem, measured.config, device, reason))
 
 
 @lru_cache(maxsize=1024)
 def plan_block(problem: Problem, device: Device | None, impl: str = "auto") -> Plan:
     """Whether a whole residual block or stem runs as the chain of fused operators or as the library's own operators.
 
-    The backend is "library" or the name of what runs the chain. Under "auto" a chain runs where it was measured to be
-    faster as a whole. Any named ``impl`` asks for the chain; whether each operator can run, `plan_for` says.
+    The backend is "library" or the name of what runs the chain: "triton", or "cuda" if kernels of the CUDA library are
+    among it. Under "auto" a chain runs where it was measured to be faster as a whole. Any named ``impl`` asks for the
+    chain; whether each operator can run, `plan_for` says.
     """
     check_impl(impl)
     if impl != "auto":
         return Plan(impl, None, "asked for")
     if device is None:
         return Plan("library", None, "no CUDA device, and without kernels the library's operators are the fastest")
-    winner = measured_winners(device.arch).get(problem)
-    if winner is None:
+    measured = measurements(device).get(problem)
+    if measured is None:
         return Plan("library", None, f"not measured on sm{device.arch}")
-    return Plan(winner.backend, None, winner.reason)
+    return _fastest(measured, lambda backend, reason: _block_with(backend, device, reason))
 
 
 @lru_cache(maxsize=16)
-def measured_winners(arch: int) -> dict[Problem, Winner]:
-    """The measured winners shipped for an architecture; empty when there is no table."""
-    return load_table(PLANS / f"sm{arch}.json", arch)
+def measurements(device: Device) -> dict[Problem, Measured]:
+    """What was measured for a device: the table shipped for its architecture, under the one tuned on the card."""
+    tuned = device.tuned.measured if device.tuned is not None else {}
+    return load_table(PLANS / f"sm{device.arch}.json", device.arch) | tuned
 
 
 def forget_choices() -> None:
-    """Plan anew from the tables in memory: after `measured_winners`' dict was changed."""
+    """Plan anew from the tables in memory: after `measurements`' dict was changed."""
     plan_for.cache_clear()
     plan_block.cache_clear()
 
 
 def forget_tables() -> None:
-    """Read the tables anew at the next plan: after one was written."""
-    measured_winners.cache_clear()
+    """Read the shipped tables anew at the next plan: after one was written."""
+    measurements.cache_clear()
     forget_choices()

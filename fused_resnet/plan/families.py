@@ -214,17 +214,32 @@ _SUMMING_OPS = frozenset({"bn_act_sums", "join_sums"})
 _PIXEL_OPS = frozenset({"bn_act", "bn_join", "relu_grad", "bn_backward_apply"})
 
 
+# Tiles worth a measurement beside the heuristic's own.
+_GEMM_TILES = tuple(
+    TileConfig(*tile)
+    for tile in (
+        (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 64, 64, 4, 4), (128, 64, 64, 8, 3), (64, 128, 64, 4, 4),
+        (64, 64, 64, 4, 4), (128, 256, 64, 8, 3), (256, 64, 64, 8, 3), (64, 256, 64, 8, 3), (64, 64, 128, 4, 3),
+    )
+)  # fmt: skip
+_MAP_TILES = tuple(
+    TileConfig(m, n, 0, warps, 2)
+    for m, n, warps in ((16, 64, 4), (32, 64, 4), (64, 64, 4), (32, 128, 4), (64, 128, 8), (128, 64, 8))
+)
+
+
 class Family(NamedTuple):
     """What planning knows of one file of Triton kernels.
 
     ``launches``: operator -> launch function in ``kernels/<module>.py``; ``unsupported``: its limits, as a reason or
-    None; ``heuristic``: its default tile.
+    None; ``heuristic``: its default tile; ``tiles``: what a tuner tries beside it.
     """
 
     module: str
     launches: dict[str, str]
     unsupported: Callable[[Problem, TileConfig | None, Device], str | None]
     heuristic: Callable[[Problem, Device], TileConfig]
+    tiles: tuple[TileConfig, ...] = _GEMM_TILES
 
 
 FAMILIES = (
@@ -255,6 +270,7 @@ FAMILIES = (
         {op: f"launch_{op}" for op in sorted(VECTOR_OPS | _SUMMING_OPS | _PIXEL_OPS)},
         _elementwise_unsupported,
         _elementwise_heuristic,
+        _MAP_TILES,
     ),
     # Last: where a kernel of our own can run, asking for Triton means that one. A tile without depth asks for this.
     Family(
@@ -267,6 +283,7 @@ FAMILIES = (
         },
         _library_unsupported,
         _library_heuristic,
+        _MAP_TILES,
     ),
 )
 
@@ -310,3 +327,14 @@ def triton_plan(problem: Problem, config: TileConfig | None, device: Device, rea
     if isinstance(found, str):
         raise Unsupported(f"{problem.op}: {found}")
     return Plan("triton", config, reason, found.module, found.launches[problem.op])
+
+
+def candidates(problem: Problem, device: Device) -> list[TileConfig]:
+    """The heuristics' tiles and the legal ones of every family that can run the problem, without repetition."""
+    tiles: dict[TileConfig, None] = {}
+    for family in FAMILIES:
+        if problem.op in family.launches and family.unsupported(problem, None, device) is None:
+            first = family.heuristic(problem, device)
+            splits = [replace(first, split_k=split) for split in (1, first.split_k // 2) if 0 < split < first.split_k]
+            tiles |= dict.fromkeys((first, *splits, *family.tiles))
+    return [tile for tile in tiles if unsupported(problem, tile, device) is None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
@@ -27,11 +28,18 @@ ARCHITECTURES = tuple(_CARDS)
 
 @dataclass(frozen=True)
 class Device:
-    """A CUDA device as far as planning sees it. ``arch`` is 10 * major + minor of the compute capability."""
+    """A CUDA device as far as planning sees it. ``arch`` is 10 * major + minor of the compute capability.
+
+    ``triton_missing`` and ``cuda_missing`` say why Triton, and the C++/CUDA library, cannot run here; empty if they
+    can. ``tuned`` holds what was measured on this very card, which counts before the tables that the package ships.
+    """
 
     arch: int
     sm_count: int
     smem_bytes: int
+    triton_missing: str = ""
+    cuda_missing: str = ""
+    tuned: Table | None = None
 
     @classmethod
     def default(cls, arch: int) -> Device:
@@ -106,6 +114,35 @@ class TileConfig:
     num_warps: int = 4
     num_stages: int = 3
     split_k: int = 1
+
+
+class Measured(NamedTuple):
+    """What was measured of one problem: the time (microseconds) of each backend that gave the right answer.
+
+    "library" is always among them. ``config`` is the tile of the fastest Triton kernel; ``where``: the card.
+    """
+
+    us: dict[str, float]
+    config: TileConfig | None
+    where: str
+
+    @property
+    def ranking(self) -> list[str]:
+        """The backends, fastest first; a draw goes to the library."""
+        return sorted(self.us, key=lambda backend: (self.us[backend], backend != "library"))
+
+    @property
+    def reason(self) -> str:
+        """The times in words, for a plan's reason."""
+        return f"measured on {self.where}: " + ", ".join(f"{name} {self.us[name]:.1f} us" for name in self.ranking)
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Measured problems under a name. Compared by identity, so that a `Device` that holds one can be a key."""
+
+    name: str
+    measured: dict[Problem, Measured]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Tables of measured winners, `plans/sm<arch>.json`: read with warnings, written atomically."""
+"""Tables of measurements, shipped as `plans/sm<arch>.json` or tuned on a user's card: read with warnings, written
+atomically."""
 
 from __future__ import annotations
 
@@ -8,81 +9,98 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 from .cuda import CUDA_LAUNCHES
 from .families import FAMILIES
-from .problem import BLOCK_OPS, Problem, TileConfig
+from .problem import BLOCK_OPS, Measured, Problem, TileConfig
 
-TABLE_FORMAT = 1
-
-
-class Winner(NamedTuple):
-    """One measured entry of a table; ``config`` of the fastest Triton kernel even where another backend won."""
-
-    backend: str
-    config: TileConfig | None
-    reason: str
+TABLE_FORMAT = 2
 
 
-def read_entries(path: Path, arch: int) -> list[dict]:
-    """The entries of a table as `table_entry` made them; none, with a warning that names the file, if it is damaged.
+def read_text(path: Path) -> str | None:
+    """The text of a table; None if there is no file, or, with a warning that names it, if it cannot be read."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        warnings.warn(f"{path}: not a usable plan table, going on without it ({error!r})", stacklevel=2)
+        return None
 
-    A missing file has none, without a warning.
+
+def parse_entries(text: str | None, name: str, arch: int, origin: dict[str, str] | None = None) -> list[dict]:
+    """The entries of a table's text as `table_entry` made them; none, with a warning that names it, if it is damaged.
+
+    ``origin``: what the table's own origin must say, for instance the card; another one is not used. No text has no
+    entries, without a warning.
     """
-    if not path.exists():
+    if text is None:
         return []
     try:
-        table = json.loads(path.read_text())
+        table = json.loads(text)
         if table["format"] != TABLE_FORMAT or table["arch"] != arch:
             raise ValueError(f"format {table['format']}, sm{table['arch']}; expected {TABLE_FORMAT}, sm{arch}")
+        for key, value in (origin or {}).items():
+            if table["origin"].get(key) != value:
+                raise ValueError(f"measured with {key} {table['origin'].get(key)!r}; this is {value!r}")
         return list(table["entries"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"{path}: not a usable plan table, going on without it ({error!r})", stacklevel=3)
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{name}: not a usable plan table, going on without it ({error!r})", stacklevel=3)
         return []
 
 
-def load_table(path: Path, arch: int) -> dict[Problem, Winner]:
-    """Read a table written by `dump_table`.
+def parse_table(
+    text: str | None, name: str, arch: int, origin: dict[str, str] | None = None, where: str = ""
+) -> dict[Problem, Measured]:
+    """The measurements of a table's text, by problem; ``where`` they were taken, for people: default "sm<arch>".
 
-    A file that is truncated or foreign, or was measured on another architecture, yields nothing; an entry for a kernel
-    or a configuration this version does not know is left out. Both warn, naming the file: a damaged table costs speed,
+    A text that is truncated or foreign, or of another architecture or ``origin``, yields nothing; an entry for a kernel
+    or a configuration this version does not know is left out. Both warn, naming the table: a damaged table costs speed,
     never an answer.
     """
-    winners: dict[Problem, Winner] = {}
+    measured: dict[Problem, Measured] = {}
     left_out = []
-    for entry in read_entries(path, arch):
+    for entry in parse_entries(text, name, arch, origin):
         try:
-            problem, winner = _read_entry(entry, arch)
+            problem, times = _read_entry(entry, where or f"sm{arch}")
+            measured[problem] = times
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             left_out.append(str(error))
-        else:
-            winners[problem] = winner
     if left_out:
-        warnings.warn(f"{path}: {len(left_out)} entries left out, the first: {left_out[0]}", stacklevel=2)
-    return winners
+        warnings.warn(f"{name}: {len(left_out)} entries left out, the first: {left_out[0]}", stacklevel=2)
+    return measured
 
 
-def _read_entry(entry: dict, arch: int) -> tuple[Problem, Winner]:
+def load_table(path: Path, arch: int) -> dict[Problem, Measured]:
+    """`parse_table` of a file written by `dump_table`; nothing, without a warning, if there is none."""
+    return parse_table(read_text(path), str(path), arch)
+
+
+def _read_entry(entry: dict, where: str) -> tuple[Problem, Measured]:
     problem = Problem(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry["problem"].items()})
-    backend, config = entry["backend"], entry["config"]
+    config = None if entry["config"] is None else TileConfig(**entry["config"])
+    us = {str(backend): float(time) for backend, time in entry["us"].items()}
     known = {
         "triton": problem.op in BLOCK_OPS or any(problem.op in family.launches for family in FAMILIES),
-        "cuda": problem.op in CUDA_LAUNCHES,
+        "cuda": problem.op in BLOCK_OPS or problem.op in CUDA_LAUNCHES,
         "library": True,
     }
-    if not known.get(backend):
-        raise ValueError(f"unknown kernel: {backend} {problem.op}")
-    if backend == "triton" and config is None and problem.op not in BLOCK_OPS:
-        raise ValueError(f"{problem.op}: a Triton winner without a tile")
-    reason = f"measured on sm{arch}: {float(entry['us']):.1f} us, library {float(entry['library_us']):.1f} us"
-    return problem, Winner(backend, None if config is None else TileConfig(**config), reason)
+    for backend in us:
+        if not known.get(backend):
+            raise ValueError(f"unknown kernel: {backend} {problem.op}")
+        if not 0 < us[backend] < float("inf"):
+            raise ValueError(f"{problem.op}: {us[backend]} us")
+    if "library" not in us:
+        raise ValueError(f"{problem.op}: no time of the library, so nothing to compare with")
+    if "triton" in us and config is None and problem.op not in BLOCK_OPS:
+        raise ValueError(f"{problem.op}: a Triton kernel without a tile")
+    return problem, Measured(us, config, where)
 
 
-def table_entry(problem: Problem, backend: str, config: TileConfig | None, us: float, library_us: float) -> dict:
-    """One measured winner in the form of the table; times in microseconds."""
+def table_entry(problem: Problem, us: dict[str, float], config: TileConfig | None = None) -> dict:
+    """One measured problem in the form of the table: microseconds by backend, and the fastest Triton kernel's tile."""
     tile = None if config is None else asdict(config)
-    return {"problem": asdict(problem), "backend": backend, "config": tile, "us": us, "library_us": library_us}
+    return {"problem": asdict(problem), "us": us, "config": tile}
 
 
 def dump_table(path: Path, arch: int, origin: dict[str, str], entries: Iterable[dict]) -> None:

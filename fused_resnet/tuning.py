@@ -1,0 +1,449 @@
+"""`tune(model, example)`: measure which kernel, and which tile of it, runs each problem of a model fastest.
+
+For every operator of every layer, the Triton kernel in its legal tiles and the CUDA kernel are timed with a cold L2
+cache against the library's operators; what would enter the table is held against float64 first, on random input (fewer
+images) with the error budget of `trials`. Then whole blocks: the chain of the fastest against the library's block,
+forward and backward. Work begins with the block that moves most bytes over all its layers, and goes on block by block,
+so that a short budget buys most. The table is written after each problem: a run may be killed, or end with its budget,
+and the next one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from . import ops, plan, precompile, reference, trials, tuned
+from .explain import describe
+from .plan import Device, Measured, Plan, Problem, Work
+from .tracing import LayerTracker, run_on_meta
+
+_CHECKED_PIXELS = 20_000  # of the first tensor, when a kernel is held against float64
+
+
+class Call(NamedTuple):
+    """How a whole block was called: the operator of `torch.ops.fused_resnet` and its arguments, meta tensors in it."""
+
+    operator: Callable
+    arguments: tuple
+
+
+class Task(NamedTuple):
+    """One problem to measure; `call` is None for an operator. `layer`: the first of `count` places that state it.
+
+    `work` is that of one place, for a block the sum over its operators.
+    """
+
+    problem: Problem
+    call: Call | None = None
+    layer: str = ""
+    count: int = 1
+    work: Work = Work(0, 0)
+
+
+class Outcome(NamedTuple):
+    """What came of a task: its entry in the table's form, and what was rejected and why."""
+
+    entry: dict
+    rejected: list[str]
+
+
+class _Collector(TorchFunctionMode):
+    """Notes the problems of every block that runs on meta tensors, and how the block was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Problem, Call] = {}
+        # block -> its operators' problems -> how often over all layers; None: operators outside any block
+        self.groups: dict[Problem | None, Counter[Problem]] = {}
+        self.layers: dict[Problem, str] = {}
+        self.counts: Counter[Problem] = Counter()
+        self._call: Call | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.fused_resnet.residual_block, torch.ops.fused_resnet.stem):
+            self._call = Call(func, args)
+        return func(*args, **(kwargs or {}))
+
+    def walk(self, model: nn.Module, x: Tensor) -> None:
+        """Run forward, and backward in training mode, of `model` on a meta tensor like x."""
+        owners: dict[str, Problem] = {}
+
+        def note(problem: Problem, _: Plan) -> None:
+            self.layers.setdefault(problem, tracker.layer)
+            self.counts[problem] += 1
+            if problem.op in plan.BLOCK_OPS:
+                owners[tracker.layer] = problem
+                self.calls.setdefault(problem, self._call)
+                self.groups.setdefault(problem, Counter())
+            else:
+                self.groups.setdefault(owners.get(tracker.layer), Counter())[problem] += 1
+
+        with LayerTracker(model, lambda *_: None) as tracker, plan.use("reference"), ops.record(note, None), self:
+            run_on_meta(model, x)
+
+    def work(self, block: Problem | None) -> Work:
+        """FLOP and bytes of a block over all its layers."""
+        works = [(count, plan.work_of(problem)) for problem, count in self.groups[block].items()]
+        return Work(sum(count * work.flop for count, work in works), sum(count * work.bytes for count, work in works))
+
+
+def collect(runs: Iterable[tuple[nn.Module, Tensor]]) -> list[Task]:
+    """Every distinct problem of these models on inputs like these, in the order in which measuring it pays.
+
+    Blocks that move most bytes over all their layers come first, each behind its operators.
+    """
+    collector = _Collector()
+    for model, x in runs:
+        collector.walk(model, x)
+    order: dict[Problem, Work] = {}
+    for block in sorted(collector.groups, key=lambda block: -collector.work(block).bytes):
+        works = {problem: plan.work_of(problem) for problem in collector.groups[block]}
+        order |= dict(sorted(works.items(), key=lambda item: -collector.groups[block][item[0]] * item[1].bytes))
+        if block is not None:
+            total, layers = collector.work(block), collector.counts[block]
+            order[block] = Work(total.flop // layers, total.bytes // layers)
+    return [Task(p, collector.calls.get(p), collector.layers[p], collector.counts[p], order[p]) for p in order]
+
+
+def launcher(chosen: Plan) -> Callable:
+    """The launch function that a plan names, bound to it."""
+    module = importlib.import_module(f"{__package__}.kernels.{chosen.module}")
+    return partial(getattr(module, chosen.launch), plan=chosen)
+
+
+def alternatives(problem: Problem, device: Device) -> Iterator[Plan]:
+    """The kernels that can run an operator's problem on a device: the CUDA library's, and Triton's in each tile."""
+    with suppress(plan.Unsupported):
+        yield plan.plan_for(problem, device, "cuda")
+    if not device.triton_missing:
+        for tile in plan.candidates(problem, device):
+            yield plan.triton_plan(problem, tile, device, "")
+
+
+def with_kernels(tasks: list[Task], device: Device) -> list[Task]:
+    """The tasks that leave a choice on a device: blocks, and operators that have a kernel."""
+    return [task for task in tasks if task.call or next(alternatives(task.problem, device), None)]
+
+
+class Timer:
+    """Times of a call on the GPU, in microseconds, with a cold L2 cache: 256 MB are written before each call."""
+
+    def __init__(self, seconds: float = 0.15) -> None:
+        self.seconds = seconds
+        self._flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, run: Callable[[], object], best: float = float("inf")) -> float:
+        """The median; five calls are enough of one that takes half as long again as `best`, the time to beat."""
+        return statistics.median(self.times(run, best))
+
+    def times(self, run: Callable[[], object], best: float = float("inf")) -> list[float]:
+        """All of the times, behind two calls that do not count."""
+        for _ in range(2):
+            run()
+        torch.cuda.synchronize()
+        times: list[float] = []
+        stop = time.monotonic() + self.seconds
+        while len(times) < 5 or (time.monotonic() < stop and len(times) < 50 and min(times) < 1.5 * best):
+            self._flush.fill_(len(times))
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1000)
+        return times
+
+
+def _checked(problem: Problem) -> Problem:
+    """The problem on fewer images, for float64; one of per-channel vectors is small as it is."""
+    images = max(1, min(problem.n, _CHECKED_PIXELS // max(1, problem.h * problem.w)))
+    return problem if problem.op in plan.VECTOR_OPS else replace(problem, n=images)
+
+
+def measure_operator(problem: Problem, device: Device, timer: Callable[..., float], on: str = "cuda") -> Outcome:
+    """Time every kernel of an operator and the library; what is fastest of its kind must be right to count."""
+    arguments = trials.operator_arguments(problem, torch.Generator().manual_seed(0), on)
+    trial = trials.Trial(_checked(problem), torch.Generator().manual_seed(1), on)
+    us = {"library": timer(lambda: getattr(reference, problem.op)(*arguments))}
+    config, rejected = None, []
+    for chosen in alternatives(problem, device):
+        best = us.get(chosen.backend, float("inf"))
+        try:
+            run = launcher(chosen)
+            took = timer(lambda run=run: run(*arguments), best)
+            if took < best:
+                trial.check(run)
+                us[chosen.backend], config = took, chosen.config or config
+        except Exception as error:  # a tile that fails to compile, to launch or to be right is out, the others go on
+            rejected.append(f"{chosen.backend} {chosen.config}: {_line(error)}")
+            _require_device(f"{describe(problem)} with {chosen}", on)
+    return Outcome(plan.table_entry(problem, us, config), rejected)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _require_device(after: str, on: str) -> None:
+    """Raise if the device no longer works: an illegal access ends every later call of this process."""
+    if on != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        raise RuntimeError(f"the CUDA device failed at {after}; run again in a new process") from error
+
+
+def _materialise(value, scale: float, on: str):
+    """A block's arguments with random values for meta tensors, channels_last, that need gradients where those do."""
+    if isinstance(value, (list, tuple)):
+        return [_materialise(item, scale, on) for item in value]
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_floating_point():
+        return torch.zeros(value.shape, dtype=value.dtype, device=on)
+    if value.dim() == 4:
+        real = torch.randn(value.shape, device=on).mul_(scale or (2 / value[0].numel()) ** 0.5)
+        real = real.to(value.dtype, memory_format=torch.channels_last)
+    else:
+        real = (torch.rand(value.shape, device=on) * 0.1 + 0.5).to(value.dtype)
+    return real.requires_grad_(value.requires_grad)
+
+
+@contextmanager
+def planned_as(device: Device, changes: dict[Problem, Measured]) -> Iterator[None]:
+    """Plan for a device as if `changes` had been measured on it."""
+    table = plan.measurements(device)
+    before = dict(table)
+    table.update(changes)
+    plan.forget_choices()
+    try:
+        yield
+    finally:
+        table.clear()
+        table.update(before)
+        plan.forget_choices()
+
+
+def block_call(call: Call, on: str = "cuda", impl: str = "auto") -> Callable[[], None]:
+    """A block on random values: its forward, and its backward if anything in it needs gradients."""
+    x, residual, *parameters = call.arguments[:-1]
+    arguments = [*_materialise([x, residual], 1.0, on), *_materialise(parameters, 0.0, on), impl]
+    leaves = [t for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad]
+    gradient = None
+
+    def run() -> None:
+        nonlocal gradient
+        with torch.set_grad_enabled(bool(leaves)):
+            out = call.operator(*arguments)
+        if leaves:
+            gradient = torch.randn_like(out) if gradient is None else gradient
+            torch.autograd.grad(out, leaves, gradient)
+
+    return run
+
+
+def block_plans(problem: Problem, device: Device) -> dict[str, dict[Problem, Measured]]:
+    """Backend -> what to plan as (`planned_as`) for a block to run so: the library's operators, or the fastest chain.
+
+    Where kernels of the CUDA library are in that chain ("cuda"), it is there without them, too ("triton"), for machines
+    on which the library is not built.
+    """
+    table = plan.measurements(device)
+    native = {p: m for p, m in table.items() if m.ranking[0] == "cuda" and p.op not in plan.BLOCK_OPS}
+    chains = {"library": {}, "triton": {}}
+    if native and not device.cuda_missing:
+        chains["triton"] = {p: m._replace(us={k: t for k, t in m.us.items() if k != "cuda"}) for p, m in native.items()}
+        chains["cuda"] = {}
+    forced = {backend: Measured({"library": 1.0, backend: 0.0}, None, "this is being measured") for backend in chains}
+    return {backend: {**changes, problem: forced[backend]} for backend, changes in chains.items()}
+
+
+def measure_block(task: Task, device: Device, timer: Callable[..., float], on: str = "cuda") -> Outcome:
+    """Time a whole block, with backward in training: the library's operators against the chain of the fastest ones."""
+    run, us, rejected = block_call(task.call, on), {}, []
+    for backend, plans in block_plans(task.problem, device).items():
+        with planned_as(device, plans):
+            try:
+                us[backend] = timer(run)
+            except Exception as error:
+                if backend == "library":
+                    raise
+                rejected.append(f"{backend}: {_line(error)}")
+                _require_device(describe(task.problem), on)
+    return Outcome(plan.table_entry(task.problem, us), rejected)
+
+
+class Bench:
+    """The current CUDA device as a place to measure on."""
+
+    def __init__(self) -> None:
+        self.device = ops.device_of(torch.empty(0, device="cuda"), "auto")
+        self.timer = Timer()
+
+    def measure(self, task: Task) -> Outcome:
+        """`measure_operator` or `measure_block`."""
+        if task.call is None:
+            return measure_operator(task.problem, self.device, self.timer)
+        return measure_block(task, self.device, self.timer)
+
+    def ahead(self, tasks: list[Task]) -> AbstractContextManager:
+        """Compile the candidates of these tasks in the background."""
+        plans = ((task.problem, chosen) for task in tasks for chosen in alternatives(task.problem, self.device))
+        jobs = [(problem, chosen) for problem, chosen in plans if chosen.backend == "triton"]
+        return precompile.workers(jobs, torch.cuda.current_device())
+
+
+def _key(entry: dict) -> str:
+    return json.dumps(entry["problem"], sort_keys=True)
+
+
+def save(path: Path, arch: int, origin: dict[str, str], entries: Iterable[dict], valid: dict[str, str]) -> None:
+    """Add entries to the table at `path`, over those of the same problems.
+
+    `valid`: what its origin must say to be kept. Processes that tune at the same time wait for one another, and lose
+    nothing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        there = plan.parse_entries(plan.read_text(path), str(path), arch, valid)
+        plan.dump_table(path, arch, origin, {_key(entry): entry for entry in (*there, *entries)}.values())
+
+
+@dataclass
+class Tuner:
+    """Measures tasks into the table at `path`; `valid` is the part of its `origin` without which it starts anew."""
+
+    device: Device
+    path: Path
+    origin: dict[str, str]
+    valid: dict[str, str]
+    measure: Callable[[Task], Outcome]
+    ahead: Callable[[list[Task]], AbstractContextManager] = lambda tasks: nullcontext()
+    log: Callable[[str], None] = print
+    clock: Callable[[], float] = time.monotonic
+
+    def run(self, tasks: list[Task], budget: float = float("inf"), again: bool = False) -> int:
+        """Measure what the table lacks (all of it with `again`) until `budget` seconds are over; how many are left."""
+        start, arch = self.clock(), self.device.arch
+        text = plan.read_text(self.path)
+        known = plan.parse_table(text, str(self.path), arch, self.valid)
+        plan.measurements(self.device).update(known)
+        plan.forget_choices()
+        left = [task for task in tasks if again or task.problem not in known]
+        with self.ahead(left):
+            for done, task in enumerate(left):
+                if self.clock() - start > budget:
+                    self.log(f"budget of {budget:.0f} s spent: {len(left) - done} problems left; run again to go on")
+                    return len(left) - done
+                self._measure(task, f"[{done + 1}/{len(left)}] {task.problem.op} {describe(task.problem)}")
+        return 0
+
+    def _measure(self, task: Task, head: str) -> None:
+        try:
+            entry, rejected = self.measure(task)
+        except torch.cuda.OutOfMemoryError:
+            self.log(f"{head}: out of memory, left out")
+            torch.cuda.empty_cache()
+            return
+        save(self.path, self.device.arch, self.origin, [entry], self.valid)
+        config = None if entry["config"] is None else plan.TileConfig(**entry["config"])
+        measured = Measured(entry["us"], config, f"sm{self.device.arch}")
+        plan.measurements(self.device)[task.problem] = measured
+        plan.forget_choices()
+        self.log(f"{head}: " + ", ".join(f"{name} {measured.us[name]:.1f} us" for name in measured.ranking))
+        for reason in rejected:
+            self.log(f"    rejected {reason}")
+
+
+@contextmanager
+def conditions() -> Iterator[None]:
+    """What everything is timed under: cuDNN's own search on, as for the fastest library, and autograd as called for."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+class Tuned(NamedTuple):
+    """What `tune` did: the table's file, how many problems the model has, and how many of them are left."""
+
+    path: Path
+    problems: int
+    left: int
+
+
+def tune(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    budget: float = float("inf"),
+    again: bool = False,
+    log: Callable[[str], None] = print,
+) -> Tuned:
+    """Measure the problems of a model on this machine's card, for `impl="auto"` to choose by, now and in later runs.
+
+    Call it once, before compiling, capturing or training, from one process. What it measures goes into the user's own
+    table (module `tuned` says where it lies and what makes it invalid), which counts before the shipped one. Problems
+    that are there already are not measured again, so a run whose budget was spent can be continued.
+
+    Args:
+        model: with fused blocks (`fuse`, or the package's own modules); left as it is. In training mode, the training
+            step is tuned, in eval mode inference: tune both if you run both.
+        example: an input. Shape and dtype count; under autocast its dtype does. If it is on a CUDA device, so is the
+            measurement, else on the current one.
+        budget: seconds after which no problem is begun. All of ResNet-50 takes some minutes.
+        again: measure what the table has already, too.
+        log: called with each line of the report.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, named; a model in which nothing is fused.
+        RuntimeError: no CUDA device; in a distributed job, whose ranks would disturb one another; no folder to write.
+    """
+    if not isinstance(example, Tensor):
+        raise TypeError(f"example: expected a tensor, got {type(example).__name__}")
+    if not budget > 0:
+        raise ValueError(f"budget: expected a positive number of seconds, got {budget}")
+    if not torch.cuda.is_available():
+        raise RuntimeError("tune: needs a CUDA device")
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError("tune: called in a distributed job; tune in one process before it, for all ranks")
+    if tuned.folder() is None:
+        raise RuntimeError("tune: FUSED_RESNET_PLANS is empty, which says that there is no folder for tuned plans")
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else example.dtype
+    tasks = collect([(model, torch.empty_like(example, dtype=dtype, device="meta"))])
+    if not tasks:
+        raise ValueError("model: nothing in it is fused; fused_resnet.explain(model, example) says why")
+    with torch.cuda.device(example.device if example.is_cuda else torch.cuda.current_device()), conditions():
+        bench, card = Bench(), torch.cuda.get_device_name()
+        valid = tuned.stamp(card)
+        path = tuned.location(bench.device.arch, card)
+        origin = {**valid, "date": datetime.date.today().isoformat()}
+        tuner = Tuner(bench.device, path, origin, valid, bench.measure, bench.ahead, log)
+        tasks = with_kernels(tasks, bench.device)
+        try:
+            left = tuner.run(tasks, budget, again)
+        finally:
+            ops.forget_plans()
+    return Tuned(path, len(tasks), left)
