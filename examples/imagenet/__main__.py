@@ -176,6 +176,8 @@ def _build(options, classes: int) -> nn.Module:
 
 def _load_weights(model: nn.Module, name: str, source: str, whole: bool) -> None:
     """Load them; a classifier for other classes stays as it was initialised, unless they must fit as a `whole`."""
+    if name not in models.BUILDERS and not Path(source).exists():
+        raise ValueError(f"--weights: {name} has no named weights, expected an existing file, got {source}")
     found = weights.resolve(name, source)
     state = weights.read_checkpoint(found) if isinstance(found, str) else found.get_state_dict(check_hash=True)
     own = model.state_dict()

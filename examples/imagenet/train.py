@@ -100,7 +100,7 @@ class Trainer:
         self.model, self.data, self.device = model, data, device
         self.options, self.recipe, self.writer = options, recipe, writer
         self.epoch = self.step = 0  # of this epoch; both count what is done
-        self.best = 0.0
+        self.best = -1.0  # top-1; any is better
         self.ddp = model if ranks.world() == 1 else DistributedDataParallel(model)
         if options.sync_bn:
             # After DDP, which refuses SyncBatchNorm on CPUs; parameters and buffers stay the ones that it knows.
