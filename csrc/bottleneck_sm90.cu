@@ -30,7 +30,7 @@ void launch_type(const BottleneckLaunch& l, cudaStream_t stream) {
   const BottleneckMaps maps = bottleneck_maps(l.shape, type == DataType::kBFloat16);
   const BottleneckArguments arguments{l.shape, l.bn1, l.bn2, l.bn3};
   constexpr int kThreads = BottleneckBlock<type>::kThreads;
-  const int wanted = (l.shape.tiles() + 1) / 2;  // a tile for each warpgroup
+  const int wanted = (l.shape.count() + 1) / 2;  // a tile for each warpgroup
   const int grid = wanted < sms ? wanted : sms;
   kernel<<<grid, kThreads, BottleneckMemory::kBytes, stream>>>(
       arguments, hopper::encode(maps.x, l.x), hopper::encode(maps.w1, l.w1), hopper::encode(maps.w2, l.w2),
@@ -40,7 +40,7 @@ void launch_type(const BottleneckLaunch& l, cudaStream_t stream) {
 }  // namespace
 
 void launch_bottleneck_sm90(const BottleneckLaunch& l, cudaStream_t stream) {
-  if (l.shape.tiles() == 0) return;
+  if (l.shape.count() == 0) return;
   return l.dtype == DataType::kBFloat16 ? launch_type<DataType::kBFloat16>(l, stream)
                                         : launch_type<DataType::kFloat16>(l, stream);
 }

@@ -17,11 +17,12 @@
 #pragma once
 
 #include "bottleneck_tile.h"
+#include "halo_convolution.cuh"
 
 namespace fused_resnet {
 
 struct BottleneckArguments {
-  BottleneckShape shape;
+  SquareTiles shape;
   const float *bn1, *bn2, *bn3;  // [5, 64], [5, 64], [5, 256]: mean, rstd, scale, shift, 1 / count
 };
 
@@ -78,7 +79,7 @@ struct BottleneckBlock {
   }
 
   FUSED_RESNET_DEVICE uint32_t slot(uint32_t group, uint32_t stage) const {
-    return base + Memory::kSlots + (group * 2 + stage) * Memory::kSlot;
+    return base + Memory::kSlots + (group * 2 + stage) * kHaloSlot;
   }
   FUSED_RESNET_DEVICE uint32_t full(uint32_t group, uint32_t stage) const {
     return base + Memory::kFull + 8 * (group * 2 + stage);
@@ -103,11 +104,11 @@ struct BottleneckBlock {
   FUSED_RESNET_DEVICE void produce(uint32_t group) {
     if (group == 0) load_weights();
     hopper::RingPosition at;
-    for (int tile = hopper::block_index() * 2 + group; tile < a.shape.tiles(); tile += hopper::grid_size() * 2) {
-      const BottleneckTile start = bottleneck_tile(a.shape, tile);
+    for (int tile = hopper::block_index() * 2 + group; tile < a.shape.count(); tile += hopper::grid_size() * 2) {
+      const SquareTile start = a.shape.at(tile);
       for (int c = 0; c < kWide; c += kWidth) {
         hopper::barrier_wait(empty(group, at.stage), at.phase ^ 1);
-        hopper::barrier_arrive_expect(full(group, at.stage), Memory::kSlotBytes);
+        hopper::barrier_arrive_expect(full(group, at.stage), kHaloBytes);
         hopper::load_image(slot(group, at.stage), x, full(group, at.stage), c, start.w - 1, start.h - 1, start.image);
         at.advance(2);
       }
@@ -118,8 +119,8 @@ struct BottleneckBlock {
     const uint32_t group = thread / 128;
     hopper::RingPosition at;
     hopper::barrier_wait(base + Memory::kWeightsHere, 0);
-    for (int tile = hopper::block_index() * 2 + group; tile < a.shape.tiles(); tile += hopper::grid_size() * 2) {
-      const BottleneckTile start = bottleneck_tile(a.shape, tile);
+    for (int tile = hopper::block_index() * 2 + group; tile < a.shape.count(); tile += hopper::grid_size() * 2) {
+      const SquareTile start = a.shape.at(tile);
       uint32_t residual[4][16];
       uint32_t a2[kSteps][4];
       first_convolution(residual, thread, at, start);
@@ -141,7 +142,7 @@ struct BottleneckBlock {
 
   // a1 on the halo, to shared memory; the residual.
   FUSED_RESNET_DEVICE void first_convolution(uint32_t (&residual)[4][16], uint32_t thread, hopper::RingPosition& at,
-                                             const BottleneckTile& start) {
+                                             const SquareTile& start) {
     const uint32_t group = thread / 128;
     float low[32] = {}, high[32] = {};  // rows 0 to 63 and 64 to 127 of the halo tile
 #pragma unroll
@@ -182,7 +183,7 @@ struct BottleneckBlock {
   }
 
   FUSED_RESNET_DEVICE void store_activation(const float (&acc)[32], uint32_t first_row, uint32_t thread,
-                                            const BottleneckTile& start) {
+                                            const SquareTile& start) {
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
       const uint32_t row = first_row + hopper::accumulator_row(thread, 2 * half);
@@ -200,38 +201,10 @@ struct BottleneckBlock {
     }
   }
 
-  FUSED_RESNET_DEVICE void load_tap(uint32_t (&fragments)[kSteps][4], uint32_t tap, uint32_t thread) {
-    const uint32_t pixel = thread % 128 / 32 * 16 + hopper::fragment_row(thread % 32);
-    const uint32_t row = halo_row(pixel, tap / 3, tap % 3);
-#pragma unroll
-    for (uint32_t step = 0; step < kSteps; ++step) {
-      const uint32_t column = step * hopper::kStepValues + hopper::fragment_half(thread % 32) * 8;
-      hopper::load_fragment(fragments[step], activation(thread / 128) + hopper::tile_offset(row, column));
-    }
-  }
-
   // a2 of the tile, as operand A.
   FUSED_RESNET_DEVICE void second_convolution(uint32_t (&a2)[kSteps][4], uint32_t thread) {
     float acc[32] = {};
-    uint32_t fragments[2][kSteps][4];
-    load_tap(fragments[0], 0, thread);
-#pragma unroll
-    for (uint32_t tap = 0; tap < 9; ++tap) {
-      const uint64_t desc_w = hopper::matrix_descriptor(base + Memory::kW2 + tap * Memory::kBlock);
-      hopper::hold(acc);
-      hopper::wgmma_fence();
-#pragma unroll
-      for (uint32_t step = 0; step < kSteps; ++step) {
-        hopper::wgmma<type>(acc, fragments[tap % 2][step], desc_w + 2 * step);
-      }
-      hopper::wgmma_commit();
-      if (tap < 8) {
-        hopper::wgmma_wait<1>();  // the tap before, whose registers the next one takes
-        load_tap(fragments[(tap + 1) % 2], tap + 1, thread);
-      }
-    }
-    hopper::wgmma_wait<0>();
-    hopper::hold(acc);
+    convolve_halo<type>(acc, activation(thread / 128), base + Memory::kW2, thread);
 #pragma unroll
     for (uint32_t step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -246,7 +219,7 @@ struct BottleneckBlock {
   }
 
   FUSED_RESNET_DEVICE void third_convolution(const uint32_t (&a2)[kSteps][4], const uint32_t (&residual)[4][16],
-                                             uint32_t thread, const BottleneckTile& start) {
+                                             uint32_t thread, const SquareTile& start) {
     const uint32_t group = thread / 128;
 #pragma unroll
     for (uint32_t slice = 0; slice < 4; ++slice) {

@@ -8,7 +8,7 @@
 namespace fused_resnet {
 
 struct BottleneckLaunch {
-  BottleneckShape shape;
+  SquareTiles shape;
   DataType dtype;                // float16 or bfloat16
   const void* x;                 // [images, height, width, 256]
   const void* w1;                // [64, 256]

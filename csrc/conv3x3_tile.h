@@ -5,6 +5,7 @@
 
 #include "hopper/layout.h"
 #include "hopper/tensor_map.h"
+#include "square_tile.h"
 
 namespace fused_resnet {
 
@@ -94,6 +95,45 @@ inline Conv3x3Maps conv3x3_maps(const Conv3x3Shape& s, bool bfloat16, int block_
   return {hopper::convolution_map(bfloat16, s.images, s.height, s.width, s.channels, 3, 1, s.stride, kBlockM),
           hopper::matrix_map(bfloat16, s.filters, uint64_t{9} * s.channels, block_n),
           hopper::matrix_map(bfloat16, s.pixels(), s.filters, 64)};
+}
+
+// 64 to 64 channels at stride 1, the widest maps of a ResNet, have a kernel of their own that reads x once, not for
+// every tap: nine weights of 8 KiB stay in shared memory, beside tiles of 8 x 8 pixels with their halo.
+FUSED_RESNET_HD bool conv3x3_reads_halos(const Conv3x3Shape& s) {
+  return s.channels == 64 && s.filters == 64 && s.stride == 1;
+}
+
+FUSED_RESNET_HD SquareTiles halo_tiles(const Conv3x3Shape& s) { return {s.images, s.height, s.width}; }
+
+// Its work: tiles are pairs of squares, one for each of two consumer warpgroups; the last pair may be half empty.
+FUSED_RESNET_HD Conv3x3Work halo_work(const Conv3x3Shape& s, int partial_rows) {
+  const int tiles = (halo_tiles(s).count() + 1) / 2;
+  return {tiles, partial_rows > 0 && partial_rows < tiles ? partial_rows : tiles, 1};
+}
+
+// Its shared memory: weights, four halo tiles for each consumer, and the rest as above.
+template <Epilogue kEpilogue>
+struct HaloMemory {
+  static constexpr uint32_t kStages = 4;
+  static constexpr uint32_t kWeightBytes = 9 * 64 * hopper::kRowBytes;
+  static constexpr uint32_t kSlots = kWeightBytes;  // [2 warpgroups, kStages]
+  static constexpr uint32_t kBuffer = 64 * hopper::kRowBytes;
+  static constexpr uint32_t kBuffers = kSlots + 2 * kStages * kHaloSlot;
+  static constexpr uint32_t kSums = kBuffers + 4 * kBuffer;
+  static constexpr uint32_t kCounts = kSums + (kEpilogue == Epilogue::kAffine ? 0 : 8 * 64 * 2 * 4);
+  static constexpr uint32_t kFull = kCounts + 8 * 4;  // [2 warpgroups, kStages]
+  static constexpr uint32_t kEmpty = kFull + 2 * kStages * 8;
+  static constexpr uint32_t kSide = kEmpty + 2 * kStages * 8;
+  static constexpr uint32_t kWeightsHere = kSide + 2 * 8;
+  static constexpr uint32_t kBytes = hopper::kTileAlignment + kWeightsHere + 8;
+  static_assert(kBytes <= hopper::kSharedLimit && kFull % 8 == 0);
+  static_assert(kBuffers % hopper::kTileAlignment == 0 && kSlots % hopper::kTileAlignment == 0);
+};
+
+inline Conv3x3Maps halo_maps(const Conv3x3Shape& s, bool bfloat16) {
+  return {hopper::image_map(bfloat16, s.images, s.height, s.width, s.channels, kHalo, kHalo),
+          hopper::matrix_map(bfloat16, s.filters, uint64_t{9} * s.channels, 64),
+          hopper::image_map(bfloat16, s.images, s.height, s.width, s.filters, kTile, kTile)};
 }
 
 // Count, mean and M2 of the union of two sets, into the first one.

@@ -4,6 +4,7 @@
 #include "hopper_machine.h"
 // The kernels need the machine above.
 #include "bottleneck_sm90.cuh"
+#include "conv3x3_halo_sm90.cuh"
 #include "conv3x3_sm90.cuh"
 #include "conv3x3_wgrad_sm90.cuh"
 
@@ -11,31 +12,41 @@ namespace {
 
 using namespace fused_resnet;
 
-template <DataType type, int kBlockN, Epilogue kEpilogue>
-void run_conv3x3(const Conv3x3Arguments& a, const hopper::TensorMap (&maps)[4], int sms, int seed) {
-  const int items = conv3x3_work(a.shape, kBlockN, a.partial_rows).items();
+template <typename Kernel>
+void run_blocks(const Conv3x3Arguments& a, const hopper::TensorMap (&maps)[4], int items, int sms, int seed) {
   const int grid = items < sms ? items : sms;
   for (int block = 0; block < grid; ++block) {
-    using Block = Conv3x3Block<type, kBlockN, kEpilogue>;
-    hopper::machine::run_block(block, grid, Block::kThreads, seed,
-                               [&] { Block(a, maps[0], maps[1], maps[2], maps[3]).run(); });
+    hopper::machine::run_block(block, grid, Kernel::kThreads, seed,
+                               [&] { Kernel(a, maps[0], maps[1], maps[2], maps[3]).run(); });
   }
+}
+
+template <DataType type, Epilogue kEpilogue>
+void run_conv3x3(const Conv3x3Arguments& a, int block_n, const hopper::TensorMap (&maps)[4], int sms, int seed) {
+  if (block_n == 0) {
+    return run_blocks<Conv3x3HaloBlock<type, kEpilogue>>(a, maps, halo_work(a.shape, a.partial_rows).items(), sms,
+                                                         seed);
+  }
+  const int items = conv3x3_work(a.shape, block_n, a.partial_rows).items();
+  if (block_n == 64) return run_blocks<Conv3x3Block<type, 64, kEpilogue>>(a, maps, items, sms, seed);
+  if (block_n == 128) return run_blocks<Conv3x3Block<type, 128, kEpilogue>>(a, maps, items, sms, seed);
+  if constexpr (kEpilogue == Epilogue::kAffine) {
+    return run_blocks<Conv3x3Block<type, 256, kEpilogue>>(a, maps, items, sms, seed);
+  }
+  hopper::machine::require(false, "no such tile");
 }
 
 template <DataType type>
 void run_conv3x3(const Conv3x3Arguments& a, Epilogue epilogue, int block_n, const hopper::TensorMap (&maps)[4], int sms,
                  int seed) {
-  if (epilogue == Epilogue::kStatistics) {
-    return block_n == 64 ? run_conv3x3<type, 64, Epilogue::kStatistics>(a, maps, sms, seed)
-                         : run_conv3x3<type, 128, Epilogue::kStatistics>(a, maps, sms, seed);
+  switch (epilogue) {
+    case Epilogue::kStatistics:
+      return run_conv3x3<type, Epilogue::kStatistics>(a, block_n, maps, sms, seed);
+    case Epilogue::kReluGradient:
+      return run_conv3x3<type, Epilogue::kReluGradient>(a, block_n, maps, sms, seed);
+    case Epilogue::kAffine:
+      return run_conv3x3<type, Epilogue::kAffine>(a, block_n, maps, sms, seed);
   }
-  if (epilogue == Epilogue::kReluGradient) {
-    return block_n == 64 ? run_conv3x3<type, 64, Epilogue::kReluGradient>(a, maps, sms, seed)
-                         : run_conv3x3<type, 128, Epilogue::kReluGradient>(a, maps, sms, seed);
-  }
-  return block_n == 64    ? run_conv3x3<type, 64, Epilogue::kAffine>(a, maps, sms, seed)
-         : block_n == 128 ? run_conv3x3<type, 128, Epilogue::kAffine>(a, maps, sms, seed)
-                          : run_conv3x3<type, 256, Epilogue::kAffine>(a, maps, sms, seed);
 }
 
 template <typename Body>
@@ -51,7 +62,7 @@ int guarded(char* error, Body body) {
 
 template <DataType type>
 void run_bottleneck(const BottleneckArguments& a, const hopper::TensorMap (&maps)[5], int sms, int seed) {
-  const int wanted = (a.shape.tiles() + 1) / 2, grid = wanted < sms ? wanted : sms;
+  const int wanted = (a.shape.count() + 1) / 2, grid = wanted < sms ? wanted : sms;
   for (int block = 0; block < grid; ++block) {
     hopper::machine::run_block(block, grid, BottleneckBlock<type>::kThreads, seed,
                                [&] { BottleneckBlock<type>(a, maps[0], maps[1], maps[2], maps[3], maps[4]).run(); });
@@ -114,7 +125,8 @@ void conv3x3_positions(const int* shape, int tile, int* out) {
 
 // Which limit one of a launch's tensor maps breaks, null if none.
 const char* conv3x3_fault(const int* shape, int block_n) {
-  const Conv3x3Maps maps = conv3x3_maps(shape_of(shape), true, block_n);
+  const Conv3x3Shape s = shape_of(shape);
+  const Conv3x3Maps maps = block_n == 0 ? halo_maps(s, true) : conv3x3_maps(s, true, block_n);
   for (const auto& map : {maps.x, maps.w, maps.out}) {
     if (const char* reason = hopper::fault(map)) return reason;
   }
@@ -130,12 +142,12 @@ const char* bottleneck_fault(const int* shape) {
 
 // The number of tiles, and the first pixel of each: out [tiles, 3] = image, h, w; null: the number alone.
 int bottleneck_tiles(const int* shape, int* out) {
-  const BottleneckShape s{shape[0], shape[1], shape[2]};
-  for (int tile = 0; out != nullptr && tile < s.tiles(); ++tile) {
-    const BottleneckTile t = bottleneck_tile(s, tile);
+  const SquareTiles s{shape[0], shape[1], shape[2]};
+  for (int tile = 0; out != nullptr && tile < s.count(); ++tile) {
+    const SquareTile t = s.at(tile);
     out[3 * tile] = t.image, out[3 * tile + 1] = t.h, out[3 * tile + 2] = t.w;
   }
-  return s.tiles();
+  return s.count();
 }
 
 // What the machine says about a kernel with a fault: 0 none, 1 a thread waits for a barrier that never fills, 2 a copy
@@ -168,8 +180,9 @@ int conv3x3(const int* shape, int bfloat16, int epilogue, int block_n, void* x, 
   return guarded(error, [&] {
     const Conv3x3Shape s = shape_of(shape);
     const auto kind = static_cast<Epilogue>(epilogue);
-    const int n = block_n ? block_n : conv3x3_block_n(s, kind, side != nullptr, partial_rows, sms);
-    const Conv3x3Maps specs = conv3x3_maps(s, bfloat16, n);
+    const bool halo = block_n == 0 && conv3x3_reads_halos(s);
+    const int n = halo || block_n ? block_n : conv3x3_block_n(s, kind, side != nullptr, partial_rows, sms);
+    const Conv3x3Maps specs = halo ? halo_maps(s, bfloat16) : conv3x3_maps(s, bfloat16, n);
     const auto bytes = [](void* p) { return static_cast<uint8_t*>(p); };
     const hopper::TensorMap maps[4] = {
         {specs.x, bytes(x)}, {specs.w, bytes(w)}, {specs.out, bytes(out)}, {specs.out, bytes(side)}};
@@ -194,7 +207,7 @@ int conv3x3_wgrad(const int* shape, int bfloat16, void* x, void* g, float* dw, i
 int bottleneck(const int* shape, int bfloat16, void* x, void* w1, void* w2, void* w3, const float* bn1,
                const float* bn2, const float* bn3, void* out, int sms, int seed, char* error) {
   return guarded(error, [&] {
-    const BottleneckShape s{shape[0], shape[1], shape[2]};
+    const SquareTiles s{shape[0], shape[1], shape[2]};
     const BottleneckMaps specs = bottleneck_maps(s, bfloat16);
     const auto bytes = [](void* p) { return static_cast<uint8_t*>(p); };
     const hopper::TensorMap maps[5] = {{specs.x, bytes(x)},

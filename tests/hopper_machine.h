@@ -2,8 +2,8 @@
 //
 // Every GPU thread is a fiber. Threads run in random order, switching where they wait. What is asynchronous on the GPU
 // happens at another time here: a wgmma only when its thread waits for it, a TMA copy at a random later moment; with an
-// odd seed loads at once and stores when nothing else can go on. They then read what shared memory and registers hold
-// at that time. So a kernel that reuses a buffer or a register too early, reads a
+// odd seed loads at once, and stores, like the threads of one warp, only when nothing else can go on. They then read
+// what shared memory and registers hold at that time. So a kernel that reuses a buffer or a register too early, reads a
 // tile before its barrier, or waits for a phase that never ends, gives a wrong result or an error. Shared memory starts
 // as NaN. Reported as errors: deadlocks, ordinary writes that TMA or wgmma reads without a proxy fence, descriptors and
 // copies whose alignment or fields the hardware would not take, and blocks that end under a running store.
@@ -110,7 +110,8 @@ struct Block {
   std::map<uint32_t, Barrier> barriers;
   std::map<uint32_t, Meeting> meetings;
   std::vector<std::function<void()>> copies;  // that run
-  bool extreme;                               // loads at once, stores last
+  bool extreme;                               // loads at once, stores and the threads of one warp last
+  uint32_t slow_warp;
   std::mt19937 random;
   ucontext_t scheduler;
   uint32_t current = 0;
@@ -161,6 +162,7 @@ inline void run_block(uint32_t index, uint32_t grid, uint32_t threads, uint32_t 
   b.index = index, b.grid = grid, b.threads_count = threads;
   b.random.seed(seed * 7919 + index);
   b.extreme = seed % 2 == 1;
+  b.slow_warp = b.random() % (threads / 32);
   b.shared.resize(kSharedLimit);
   for (size_t i = 0; i < b.shared.size(); i += 2) b.shared[i] = 0xc1, b.shared[i + 1] = 0x7f;
   b.writer.resize(kSharedLimit / 4);
@@ -176,15 +178,18 @@ inline void run_block(uint32_t index, uint32_t grid, uint32_t threads, uint32_t 
     t.context.uc_link = nullptr;
     makecontext(&t.context, fiber, 0);
   }
-  for (bool running = true; running;) {
+  bool running = true, progress = true;
+  while (running) {
     running = false;
-    bool progress = false;
+    const bool wait_for_slow = !progress;
+    progress = false;
     const uint32_t start = b.random() % threads;
     for (uint32_t i = 0; i < threads; ++i) {
       const uint32_t thread = (start + i) % threads;
       Thread& t = b.threads[thread];
       if (t.done) continue;
       running = true;
+      if (b.extreme && thread / 32 == b.slow_warp && !wait_for_slow) continue;
       if (t.ready && !t.ready()) continue;
       progress = true;
       if (b.random() % 4 == 0) continue;  // later
@@ -198,7 +203,7 @@ inline void run_block(uint32_t index, uint32_t grid, uint32_t threads, uint32_t 
     if (!b.copies.empty() && (!progress || (!b.extreme && b.random() % 4 == 0))) {
       run_copy();
     } else {
-      require(progress, "deadlock: every thread waits");
+      require(progress || !wait_for_slow, "deadlock: every thread waits");
     }
   }
   require(b.copies.empty(), "the block ended under a running copy");

@@ -23,8 +23,11 @@ KERNELS = (
     "bn_frozen_kernel",
     "bn_join_kernel",
     "bottleneck_sm90_kernel",
+    "conv3x3_halo_sm90_kernel",
     "conv3x3_sm90_kernel",
+    "conv3x3_wgrad_sm90_kernel",
     "count_batch_kernel",
+    "wgrad_reduce_kernel",
 )
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
@@ -89,7 +92,8 @@ def test_kernels_for_sm90_use_its_instructions(library):
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = re.split(r"\n\s*Function : ", listing)[1:]
     names = [text.split("\n", 1)[0] for text in functions]
-    assert sum("conv3x3_sm90" in name for name in names) == 14 and sum("bottleneck_sm90" in name for name in names) == 2
+    kinds = {"conv3x3_sm90": 14, "conv3x3_halo_sm90": 6, "conv3x3_wgrad_sm90": 6, "bottleneck_sm90": 2}
+    assert {kind: sum(kind in name for name in names) for kind in kinds} == kinds
     for name, text in zip(names, functions):
         assert not re.search(r"\b(LDL|STL)\b", text), name
         if "sm90" not in name:
@@ -98,8 +102,10 @@ def test_kernels_for_sm90_use_its_instructions(library):
         assert {dtype for dtype, _ in products} == {".BF16" if "DataTypeE2" in name else ""}, name
         # Only the last of four steps waits to be counted: the compiler has not put them one after another.
         assert len(products) == 4 * sum(bool(wait) for _, wait in products) or "bottleneck" in name, name
-        loads = ["UTMALDG.4D.IM2COL", "UTMALDG.2D"] if "conv3x3" in name else ["UTMALDG.4D", "LDSM.16.M88.4"]
-        for instruction in ("UTMASTG", "USETMAXREG", *loads):
+        halo = "halo" in name or "bottleneck" in name
+        copies = ["UTMALDG.4D ", "LDSM.16.M88.4"] if halo else ["UTMALDG.4D.IM2COL", "UTMALDG.2D"]
+        stores = [] if "wgrad" in name else ["UTMASTG"]
+        for instruction in (*copies, *stores, "USETMAXREG"):
             assert instruction in text, f"{name}: no {instruction}"
 
 
