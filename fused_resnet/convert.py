@@ -13,7 +13,7 @@ from functools import lru_cache
 from torch import Tensor, nn
 
 from . import functional
-from .modules import FusedBlock, FusedConvBNAct, conv_bn, conv_bn_reason, forward_stem
+from .modules import FusedBlock, FusedConvBNAct, conv_bn, conv_bn_reason, forward_stage, forward_stem
 
 
 class _Swapped:
@@ -32,12 +32,12 @@ def _blank(original: type[nn.Module]) -> nn.Module:
 
 
 class _FusedStemResNet(nn.Module):
-    """torchvision's ResNet with its stem as one operator."""
+    """torchvision's ResNet with its stem as one operator, and stages that may take a batch in parts."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = forward_stem(self.conv1, self.bn1, self.relu, self.maxpool, x)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            x = forward_stage(stage, x)
         return self.fc(self.avgpool(x).flatten(1))
 
 

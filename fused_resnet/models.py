@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import weights as checkpoints
-from .modules import FusedBasicBlock, FusedBlock, FusedBottleneck, forward_stem
+from .modules import FusedBasicBlock, FusedBlock, FusedBottleneck, forward_stage, forward_stem
 
 SHORTCUTS = ("A", "B", "C", None)
 
@@ -154,7 +154,7 @@ class ResNet(nn.Module):
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            x = forward_stage(stage, x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -105,22 +105,40 @@ def _select(name: str, impl: str, x: Tensor, *details):
     return getattr(reference, name)
 
 
-def plan_block(name: str, impl: str, x: Tensor, convolutions: list[tuple[Tensor, Geometry]], kind: str) -> Plan:
-    """Whether a whole block or stem runs as fused operators or as the library's.
-
-    Its problem carries kernel, groups and dilation of the largest convolution, the stride, the last one's output
-    channels, and in `epilogue` the kind ("training" or "inference", and the shortcut) and every convolution.
-    """
+def _block_problem(name: str, x: Tensor, convolutions: list[tuple[Tensor, Geometry]], kind: str) -> Problem:
+    """Kernel, groups and dilation of the largest convolution, the stride, the last one's output channels, and in
+    `epilogue` the kind and every convolution."""
     largest, geometry = max(convolutions, key=lambda pair: pair[0].shape[2])
     stride = max(g.stride for _, g in convolutions)
     shape = (convolutions[-1][0].shape[0], *largest.shape[1:])
     chain = " ".join(f"{w.shape[2]}x{w.shape[3]}-{w.shape[0]}" for w, _ in convolutions)
-    problem = _problem(name, x, geometry._replace(stride=stride), shape, False, f"{kind} {chain}")
+    return _problem(name, x, geometry._replace(stride=stride), shape, False, f"{kind} {chain}")
+
+
+def plan_block(name: str, impl: str, x: Tensor, convolutions: list[tuple[Tensor, Geometry]], kind: str) -> Plan:
+    """Whether a whole block or stem runs as fused operators or as the library's; kind: "training" or "inference", and
+    the shortcut."""
+    problem = _block_problem(name, x, convolutions, kind)
     if _recorder is not None:
         chosen = planning.plan_block(problem, _record_device, impl)
         _recorder(problem, chosen)
         return chosen
     return planning.plan_block(problem, device_of(x, impl), impl)
+
+
+def part_of_stage(impl: str, x: Tensor, convolutions: list[tuple[Tensor, Geometry]], depth: int) -> int:
+    """How many images a stage of `depth` blocks, the first one with these convolutions, takes at once in inference;
+    0: all."""
+    device = device_of(x, impl) if _recorder is None else _record_device
+    if device is None:
+        return 0
+    problem = _block_problem(planning.STAGE_OP, x, convolutions, f"inference {depth}")
+    chosen = planning.plan_stage(problem, device, impl)
+    if chosen.backend == "library":
+        return 0
+    if _recorder is not None:
+        _recorder(problem, chosen)
+    return int(chosen.backend)
 
 
 def fuses_bottleneck(impl: str, x: Tensor, w2: Tensor, geometry: Geometry) -> bool:

@@ -17,7 +17,7 @@ LAW = {
     "ops": {"plan", "reference", "tuned"},
     "autograd": {"ops", "plan", "reference"},
     "functional": {"autograd", "ops", "plan"},
-    "modules": {"functional", "autograd", "ops"},
+    "modules": {"functional", "autograd", "ops", "plan"},
     "convert": {"modules", "functional"},
     "weights": set(),
     "models": {"modules", "weights"},

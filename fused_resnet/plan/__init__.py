@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from .layers import MODELS, model_problems
 from .problem import (
     ARCHITECTURES,
     BLOCK_OPS,
+    STAGE_OP,
     Device,
     Measured,
     Plan,
@@ -40,6 +42,7 @@ __all__ = [
     "IMPLS",
     "MODELS",
     "PLANS",
+    "STAGE_OP",
     "VECTOR_OPS",
     "Device",
     "Measured",
@@ -66,6 +69,7 @@ __all__ = [
     "parse_table",
     "plan_block",
     "plan_for",
+    "plan_stage",
     "read_text",
     "resolve_impl",
     "statistics_rows",
@@ -153,6 +157,52 @@ def _fastest(measured: Measured, plan_with: Callable[[str, str], Plan]) -> Plan:
     raise AssertionError(f"{measured}: a measurement without the library")
 
 
+def _look_up(problem: Problem, device: Device) -> Measured | None:
+    """What was measured of a problem, or of the same one at batch sizes near it.
+
+    Between two batch sizes with the same winner there is no other; beyond the largest, or the smallest, up to a factor
+    of two. The nearer one's tile is taken. None where that leaves a doubt.
+    """
+    exact = measurements(device).get(problem)
+    if exact is not None or problem.op in VECTOR_OPS or problem.h * problem.w == 1:  # there, n counts no images
+        return exact
+    sizes = _batches(device).get(replace(problem, n=0), [])
+    below = max((item for item in sizes if item[0] < problem.n), default=None, key=lambda item: item[0])
+    above = min((item for item in sizes if item[0] > problem.n), default=None, key=lambda item: item[0])
+    near = [item for item in (below, above) if item is not None]
+    if len(near) == 2 and near[0][1].ranking[0] != near[1][1].ranking[0]:
+        return None
+    near.sort(key=lambda item: max(item[0], problem.n) / min(item[0], problem.n))
+    if not near or (len(near) == 1 and not problem.n / 2 <= near[0][0] <= problem.n * 2):
+        return None
+    batch, measured = near[0]
+    return measured._replace(where=f"{measured.where} at batch {batch}")
+
+
+@lru_cache(maxsize=16)
+def _batches(device: Device) -> dict[Problem, list[tuple[int, Measured]]]:
+    """The measurements by problem without its batch size: (batch size, measured) of each."""
+    sizes: dict[Problem, list[tuple[int, Measured]]] = {}
+    for problem, measured in measurements(device).items():
+        sizes.setdefault(replace(problem, n=0), []).append((problem.n, measured))
+    return sizes
+
+
+def _unmeasured(problem: Problem, device: Device) -> Plan:
+    """An operator without a measurement, in a chain that was measured as a whole, or that must be one.
+
+    Where the kernels are known to be right and fast, on an architecture with measurements, its Triton kernel runs: the
+    reference, which is all that the library has for it, takes several passes.
+    """
+    reason = f"not measured on sm{device.arch}"
+    if measurements(device):
+        try:
+            return _plan_with("triton", problem, None, device, f"{reason}; tile from the heuristic")
+        except Unsupported as error:
+            reason += f"; {error}"
+    return Plan("library", None, reason)
+
+
 @lru_cache(maxsize=8192)
 def plan_for(problem: Problem, device: Device | None, impl: str = "auto") -> Plan:
     """Choose a backend for ``problem``. ``device`` None means tensors on the CPU.
@@ -160,8 +210,9 @@ def plan_for(problem: Problem, device: Device | None, impl: str = "auto") -> Pla
     ========== ==================================================================================================
     impl       choice
     ========== ==================================================================================================
-    auto       the fastest that was measured and can run here; the library kernel where nothing was measured, so that
-               no unmeasured kernel is chosen silently; the reference without a CUDA device
+    auto       the fastest that was measured and can run here, at this batch size or one near it; the library where
+               nothing was measured on the architecture, so that no unmeasured kernel is chosen silently; the reference
+               without a CUDA device
     triton     the Triton kernel, with its measured tile if there is one, else the heuristic's
     cuda       the kernel of the compiled C++/CUDA library
     reference  plain PyTorch
@@ -178,13 +229,13 @@ def plan_for(problem: Problem, device: Device | None, impl: str = "auto") -> Pla
         raise Unsupported(f"{problem.op}: no CUDA device")
     if impl == "cuda":
         return _plan_with("cuda", problem, None, device, "asked for")
-    measured = measurements(device).get(problem)
+    measured = _look_up(problem, device)
     if impl == "triton":
         if measured is not None and measured.config and not unsupported(problem, measured.config, device):
             return _plan_with("triton", problem, measured.config, device, measured.reason)
         return _plan_with("triton", problem, None, device, "asked for; tile from the heuristic")
     if measured is None:
-        return Plan("library", None, f"not measured on sm{device.arch}")
+        return _unmeasured(problem, device)
     return _fastest(measured, lambda backend, reason: _plan_with(backend, problem, measured.config, device, reason))
 
 
@@ -201,10 +252,25 @@ def plan_block(problem: Problem, device: Device | None, impl: str = "auto") -> P
         return Plan(impl, None, "asked for")
     if device is None:
         return Plan("library", None, "no CUDA device, and without kernels the library's operators are the fastest")
-    measured = measurements(device).get(problem)
+    measured = _look_up(problem, device)
     if measured is None:
         return Plan("library", None, f"not measured on sm{device.arch}")
     return _fastest(measured, lambda backend, reason: _block_with(backend, device, reason))
+
+
+@lru_cache(maxsize=1024)
+def plan_stage(problem: Problem, device: Device | None, impl: str = "auto") -> Plan:
+    """Whether a whole stage of residual blocks, in inference, takes a batch at once ("library") or in parts.
+
+    Parts whose activations stay in the L2 cache trade memory traffic for more launches: only a measurement can say, and
+    the backend is then the number of images in a part, as a string. Under a named ``impl`` the batch stays whole.
+    """
+    if check_impl(impl) != "auto" or device is None:
+        return Plan("library", None, "the whole batch")
+    measured = measurements(device).get(problem)
+    if measured is None:
+        return Plan("library", None, f"the whole batch: not measured on sm{device.arch}")
+    return Plan(measured.ranking[0], None, measured.reason)
 
 
 @lru_cache(maxsize=16)
@@ -216,8 +282,8 @@ def measurements(device: Device) -> dict[Problem, Measured]:
 
 def forget_choices() -> None:
     """Plan anew from the tables in memory: after `measurements`' dict was changed."""
-    plan_for.cache_clear()
-    plan_block.cache_clear()
+    for choice in (plan_for, plan_block, plan_stage, _batches):
+        choice.cache_clear()
 
 
 def forget_tables() -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 BLOCK_OPS = ("residual_block", "stem")
+STAGE_OP = "residual_stage"  # its backends: "library", the whole batch at once, or the images of a part, as a string
 # Architecture -> SM count and shared memory per block (bytes) of its common data-centre or desktop card. The shared
 # memory limit belongs to the architecture; the SM count only shapes the heuristic.
 _CARDS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .cuda import CUDA_LAUNCHES
 from .families import FAMILIES
-from .problem import BLOCK_OPS, Measured, Problem, TileConfig
+from .problem import BLOCK_OPS, STAGE_OP, Measured, Problem, TileConfig
 
 TABLE_FORMAT = 2
 
@@ -86,7 +86,7 @@ def _read_entry(entry: dict, where: str) -> tuple[Problem, Measured]:
         "library": True,
     }
     for backend in us:
-        if not known.get(backend):
+        if not (known.get(backend) or (problem.op == STAGE_OP and backend.isdigit() and int(backend))):
             raise ValueError(f"unknown kernel: {backend} {problem.op}")
         if not 0 < us[backend] < float("inf"):
             raise ValueError(f"{problem.op}: {us[backend]} us")
