@@ -456,7 +456,7 @@ def _wants_gradients(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _scheme(units: Sequence[ConvBN], shortcut: ConvBN | None, options: Options, dtype: torch.dtype) -> str:
-    """ "moments" where it is possible and saves memory traffic, unless the caller asked for a scheme.
+    """ "moments" where it is possible and saves memory traffic, unless the caller or a measurement asks for a scheme.
 
     It needs a plain 1x1 at the end and in the shortcut; it costs K / N of the last convolution's arithmetic, and at 32
     bit the raw output it avoids is no longer the cheaper side.
@@ -494,8 +494,11 @@ def run_chain(
         side = "projection" if shortcut is not None else "identity" if options.identity else "none"
         kind = f"{'training' if training else 'inference'} {side if residual is None else 'residual'}"
         convolutions = [(unit.w, unit.geometry) for unit in units]
-        if ops.plan_block("residual_block", options.impl, x, convolutions, kind).backend == "library":
+        chosen = ops.plan_block("residual_block", options.impl, x, convolutions, kind)
+        if chosen.backend == "library":
             return _chain_library(x, residual, units, shortcut, options)
+        if options.scheme == "auto" and chosen.scheme:
+            options = options._replace(scheme=chosen.scheme)
     x = channels_last(x)
     residual = None if residual is None else channels_last(residual)
     if not training:

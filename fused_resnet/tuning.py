@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import importlib
 import json
+import re
 import statistics
 import time
 from collections import Counter
@@ -264,7 +265,9 @@ def block_plans(problem: Problem, device: Device) -> dict[str, dict[Problem, Mea
     """Backend -> what to plan as (`planned_as`) for a block to run so: the library's operators, or the fastest chain.
 
     Where kernels of the CUDA library are in that chain ("cuda"), it is there without them, too ("triton"), for machines
-    on which the library is not built.
+    on which the library is not built. A training chain that may end in either scheme is there in the one that it would
+    not take by itself, too ("triton stored" at 16 bit): at small batches, or where channels are many, the products of
+    the moments may cost more than they save.
     """
     table = plan.measurements(device)
     native = {p: m for p, m in table.items() if m.ranking[0] == "cuda" and p.op not in plan.BLOCK_OPS}
@@ -272,6 +275,9 @@ def block_plans(problem: Problem, device: Device) -> dict[str, dict[Problem, Mea
     if native and not device.cuda_missing:
         chains["triton"] = {p: m._replace(us={k: t for k, t in m.us.items() if k != "cuda"}) for p, m in native.items()}
         chains["cuda"] = {}
+    if re.fullmatch(r"training (identity|projection) .* 1x1-\d+", problem.epilogue):
+        other = "moments" if problem.dtype == "float32" else "stored"
+        chains |= {f"{backend} {other}": changes for backend, changes in chains.items() if backend != "library"}
     forced = {backend: Measured({"library": 1.0, backend: 0.0}, None, "this is being measured") for backend in chains}
     return {backend: {**changes, problem: forced[backend]} for backend, changes in chains.items()}
 

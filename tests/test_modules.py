@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import fused_resnet
-from fused_resnet import testing
+from fused_resnet import autograd, plan, testing
 from fused_resnet.modules import conv_bn, forward_stem, stem_reason
 
 IMPLS = pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -262,6 +262,20 @@ def test_weight_gradients_keep_the_layout_of_their_weights():
     with fused_resnet.use("reference"):
         block(torch.randn(2, 8, 5, 5)).sum().backward()
     assert block.conv1.weight.grad.stride() == block.conv1.weight.stride()
+
+
+@pytest.mark.parametrize("scheme", ["", "stored", "moments"])
+def test_a_measured_scheme_is_taken(monkeypatch, scheme):
+    """The plan's scheme runs, and a caller's own request goes before it."""
+    seen = []
+    forward = autograd.chain_forward
+    monkeypatch.setattr(autograd, "chain_forward", lambda *a: seen.append(a[-1].scheme) or forward(*a))
+    monkeypatch.setattr(autograd.ops, "plan_block", lambda *a: plan.Plan("triton", None, "", scheme=scheme))
+    block, x = fused_resnet.FusedBottleneck(16, 4), torch.randn(2, 16, 5, 5)
+    block(x)
+    units = [conv_bn(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3)]
+    fused_resnet.residual_block(x, units, scheme="moments")
+    assert seen == [scheme or "stored", "moments"]
 
 
 # What is saved for backward

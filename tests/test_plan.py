@@ -316,6 +316,24 @@ NO_CUDA = replace(H100, cuda_missing="_C.abi3.so was not built")
 NO_TRITON = replace(H100, triton_missing="Triton is not installed")
 
 
+def test_block_runs_in_the_scheme_that_was_faster(plans):
+    entries = [
+        table_entry(BLOCK, {"library": 5.0, "triton": 4.0, "triton stored": 3.0}),
+        table_entry(replace(BLOCK, n=256), {"library": 5.0, "triton": 2.0, "triton stored": 3.0}),
+        table_entry(replace(BLOCK, k=9), {"library": 5.0, "triton recomputed": 3.0}),
+    ]
+    dump_table(plans / "sm90.json", 90, {}, entries)
+    with pytest.warns(UserWarning, match="unknown kernel: triton recomputed"):
+        chosen = plan_block(BLOCK, H100)
+    assert (chosen.backend, chosen.scheme) == ("triton", "stored")
+    assert chosen.reason == "measured on sm90: triton stored 3.0 us, triton 4.0 us, library 5.0 us"
+    assert plan_block(replace(BLOCK, n=256), H100).scheme == ""
+    # Between two batch sizes that differ in the scheme alone, the nearer one's is taken.
+    assert plan_block(replace(BLOCK, n=3), H100).scheme == "stored"
+    assert plan_block(replace(BLOCK, n=200), H100).scheme == ""
+    assert plan_block(BLOCK, NO_TRITON).backend == "library"
+
+
 def test_winner_that_cannot_run_here_leaves_it_to_the_next_with_the_reason(plans):
     times = {"library": 5.0, "triton": 4.0, "cuda": 3.0}
     entries = [table_entry(FINALIZE, times, TileConfig(32, 32, 0, 4, 2)), table_entry(BLOCK, times)]

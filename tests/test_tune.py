@@ -292,6 +292,21 @@ def test_chain_with_cuda_kernels_is_timed_without_them_too(shipped, monkeypatch)
     assert entry["us"] == {"library": 9.0, "triton": 8.0, "cuda": 7.0}
 
 
+@pytest.mark.parametrize(("dtype", "other"), [(torch.bfloat16, "stored"), (torch.float32, "moments")])
+def test_bottleneck_is_timed_in_both_schemes(shipped, monkeypatch, dtype, other):
+    tasks = tuning.collect([(fused_resnet.FusedBottleneck(32, 8), torch.empty(2, 32, 6, 6, dtype=dtype))])
+    schemes = []
+
+    def timer(run, best=float("inf")):
+        schemes.append(plan.plan_block(tasks[-1].problem, H100).scheme)
+        return 10.0 - len(schemes)
+
+    with _planned_for(H100, monkeypatch):
+        entry, _ = tuning.measure_block(tasks[-1], H100, timer, "cpu")
+    assert schemes == ["", "", other]
+    assert entry["us"] == {"library": 9.0, "triton": 8.0, f"triton {other}": 7.0}
+
+
 def test_failing_chain_is_rejected_and_the_library_stays(shipped, monkeypatch):
     tasks = tuning.collect([(fused_resnet.FusedBasicBlock(16, 16).eval(), torch.empty(1, 16, 6, 6))])
 

@@ -140,10 +140,11 @@ def _plan_with(backend: str, problem: Problem, config: TileConfig | None, device
 
 def _block_with(backend: str, device: Device, reason: str) -> Plan:
     """`_plan_with` for a whole block, whose chain always has Triton kernels in it."""
+    backend, _, scheme = backend.partition(" ")
     needed = {"library": (), "triton": (device.triton_missing,), "cuda": (device.triton_missing, device.cuda_missing)}
     if missing := "; ".join(filter(None, needed[backend])):
         raise Unsupported(missing)
-    return Plan(backend, None, reason)
+    return Plan(backend, None, reason, scheme=scheme)
 
 
 def _fastest(measured: Measured, plan_with: Callable[[str, str], Plan]) -> Plan:
@@ -170,7 +171,7 @@ def _look_up(problem: Problem, device: Device) -> Measured | None:
     below = max((item for item in sizes if item[0] < problem.n), default=None, key=lambda item: item[0])
     above = min((item for item in sizes if item[0] > problem.n), default=None, key=lambda item: item[0])
     near = [item for item in (below, above) if item is not None]
-    if len(near) == 2 and near[0][1].ranking[0] != near[1][1].ranking[0]:
+    if len({measured.ranking[0].partition(" ")[0] for _, measured in near}) == 2:
         return None
     near.sort(key=lambda item: max(item[0], problem.n) / min(item[0], problem.n))
     if not near or (len(near) == 1 and not problem.n / 2 <= near[0][0] <= problem.n * 2):
@@ -244,8 +245,8 @@ def plan_block(problem: Problem, device: Device | None, impl: str = "auto") -> P
     """Whether a whole residual block or stem runs as the chain of fused operators or as the library's own operators.
 
     The backend is "library" or the name of what runs the chain: "triton", or "cuda" if kernels of the CUDA library are
-    among it. Under "auto" a chain runs where it was measured to be faster as a whole. Any named ``impl`` asks for the
-    chain; whether each operator can run, `plan_for` says.
+    among it. Under "auto" a chain runs where it was measured to be faster as a whole, in the faster scheme. Any named
+    ``impl`` asks for the chain; whether each operator can run, `plan_for` says.
     """
     check_impl(impl)
     if impl != "auto":

@@ -8,6 +8,8 @@ from typing import NamedTuple
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 BLOCK_OPS = ("residual_block", "stem")
+# How a training chain of a block may end, measured as a backend of its own: "triton stored" beside "triton".
+SCHEMES = ("stored", "moments")
 STAGE_OP = "residual_stage"  # its backends: "library", the whole batch at once, or the images of a part, as a string
 # Architecture -> SM count and shared memory per block (bytes) of its common data-centre or desktop card. The shared
 # memory limit belongs to the architecture; the SM count only shapes the heuristic.
@@ -151,7 +153,7 @@ class Plan:
     """The choice for one problem; ``reason`` is for people.
 
     ``module`` (of ``kernels``) and ``launch`` name the function that runs a "triton" or "cuda" backend, ``config`` is a
-    Triton kernel's tile.
+    Triton kernel's tile. ``scheme``: of a block's training chain, where one was measured to be the faster.
     """
 
     backend: str
@@ -159,6 +161,7 @@ class Plan:
     reason: str
     module: str = ""
     launch: str = ""
+    scheme: str = ""
 
     @staticmethod
     def statistics_rows(channels: int) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .cuda import CUDA_LAUNCHES
 from .families import FAMILIES
-from .problem import BLOCK_OPS, STAGE_OP, Measured, Problem, TileConfig
+from .problem import BLOCK_OPS, SCHEMES, STAGE_OP, Measured, Problem, TileConfig
 
 TABLE_FORMAT = 2
 
@@ -86,10 +86,14 @@ def _read_entry(entry: dict, where: str) -> tuple[Problem, Measured]:
         "library": True,
     }
     for backend in us:
+        backend, _, scheme = backend.partition(" ")
+        if scheme and (scheme not in SCHEMES or problem.op not in BLOCK_OPS):
+            raise ValueError(f"unknown kernel: {backend} {scheme} {problem.op}")
         if not (known.get(backend) or (problem.op == STAGE_OP and backend.isdigit() and int(backend))):
             raise ValueError(f"unknown kernel: {backend} {problem.op}")
-        if not 0 < us[backend] < float("inf"):
-            raise ValueError(f"{problem.op}: {us[backend]} us")
+    for time in us.values():
+        if not 0 < time < float("inf"):
+            raise ValueError(f"{problem.op}: {time} us")
     if "library" not in us:
         raise ValueError(f"{problem.op}: no time of the library, so nothing to compare with")
     if "triton" in us and config is None and problem.op not in BLOCK_OPS:
