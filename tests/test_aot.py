@@ -21,8 +21,22 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory)
 
 
-def bits(problem: Problem):
-    return torch.empty(problem.n, problem.h, problem.w, -(-problem.c // 8), dtype=torch.uint8, device="meta")
+def bits(x):
+    """ReLU bits of an activation."""
+    n, c, h, w = x.shape
+    return torch.empty(n, h, w, -(-c // 8), dtype=torch.uint8, device="meta")
+
+
+def gradients(problem: Problem, g):
+    """The ways the gradient of a convolution's output comes: written out, or deferred, from a ReLU with bits or not."""
+    coef = meta(3, g.shape[1])
+    if problem.op == "conv_wgrad":
+        deferred = (problem.r, problem.s, problem.stride) == (1, 1, (1, 1))
+    else:
+        deferred = problem.prologue
+    if not deferred:
+        return [Gradient(g)]
+    return [Gradient(g, mask, g, coef) for mask in (None, bits(g)) if mask is None or "add" not in problem.epilogue]
 
 
 def dgrad_arguments(problem: Problem, g, dx, geometry):
@@ -31,11 +45,19 @@ def dgrad_arguments(problem: Problem, g, dx, geometry):
     relu_of = Deferred(dx, meta(5, problem.k)) if "relu" in problem.epilogue else None
     addends = [(None, 1)]
     if "add" in problem.epilogue:
-        mask = torch.empty(*dx.permute(0, 2, 3, 1).shape[:3], -(-problem.k // 8), dtype=torch.uint8, device="meta")
-        stride = geometry.stride[0]
+        stride = 2 if problem.r == 1 else geometry.stride[0]
         sparse = meta(*dx.shape[:2], *(-(-extent // stride) for extent in dx.shape[2:]), dtype=g.dtype)
-        addends = [(Gradient(dx, mask), 1), (Gradient(dx), 1), (Gradient(sparse), stride)]
-    return [(Gradient(g), w, geometry, tuple(dx.shape[2:]), relu_of, *addend) for addend in addends]
+        addends = [(Gradient(dx, bits(dx)), 1), (Gradient(dx), 1), (Gradient(sparse), stride)]
+    hw = tuple(dx.shape[2:])
+    return [(grad, w, geometry, hw, relu_of, *addend) for grad in gradients(problem, g) for addend in addends]
+
+
+def moments_arguments(problem: Problem, a):
+    """Of an input gradient from moments, for the activation ``a`` as it comes."""
+    k, n = problem.c, problem.k
+    dout = meta(problem.n, n, *problem.out_hw, dtype=a.c.dtype)
+    w_g, w_a = meta(n, k, dtype=a.c.dtype), meta(k, k, dtype=a.c.dtype)
+    return [(dout, bits(dout), w_g, a, w_a, meta(k), problem.stride[0])]
 
 
 def launch_arguments(problem: Problem):
@@ -53,7 +75,9 @@ def launch_arguments(problem: Problem):
         if problem.op == "conv_dgrad":
             return dgrad_arguments(problem, x, out, geometry)
         if problem.op == "conv_wgrad":
-            return [(a, Gradient(out), tuple(w.shape), geometry)]
+            return [(a, grad, tuple(w.shape), geometry) for grad in gradients(problem, out)]
+        if problem.op == "conv1x1_dgrad_moments":
+            return moments_arguments(problem, a)
         if problem.op == "conv_stats":
             return [(a, w, geometry)]
         if problem.op == "conv_affine":
@@ -77,10 +101,10 @@ def launch_arguments(problem: Problem):
         "bn_act": lambda: [(a, True), (a, False)],
         "bn_join": lambda: [(a, a), (a, Deferred(x))],
         "bn_act_sums": lambda: [(x, a)],
-        "join_sums": lambda: [(x, bits(problem), a, a), (x, bits(problem), a, Deferred(x))],
-        "relu_grad": lambda: [(x, bits(problem))],
+        "join_sums": lambda: [(x, bits(x), a, a), (x, bits(x), a, Deferred(x))],
+        "relu_grad": lambda: [(x, bits(x))],
         "bn_backward_finalize": lambda: [(partials, a.bn, None), (partials, a.bn, partials)],
-        "bn_backward_apply": lambda: [(Gradient(x, mask, x, meta(3, c)),) for mask in (None, bits(problem))],
+        "bn_backward_apply": lambda: [(Gradient(x, mask, x, meta(3, c)),) for mask in (None, bits(x))],
     }[problem.op]()
 
 
@@ -132,6 +156,8 @@ def verdicts(compiled, specs, limit):
     [
         ("conv1x1", "bfloat16"),
         ("conv1x1", "float32"),
+        ("conv1x1_grad", "bfloat16"),
+        ("conv1x1_grad", "float32"),
         ("bn", "bfloat16"),
         ("conv3x3", "bfloat16"),
         ("conv3x3", "float32"),

@@ -28,9 +28,16 @@ def _accumulators(problem: Problem) -> int:
 def gemm_smem(problem: Problem, config: TileConfig) -> int:
     """Upper estimate (bytes) of the shared memory of a pipelined GEMM kernel; tests hold it against the compiler.
 
-    The stages of both operands; the epilogue's change of layout comes after them, in the same memory.
+    The stages of both operands; the epilogue's change of layout comes after them, in the same memory. A deferred
+    gradient is two tensors.
     """
-    stages = config.num_stages * (config.block_m + config.block_n) * config.block_k * ITEMSIZE[problem.dtype]
+    plain = (problem.r, problem.s, problem.stride) == (1, 1, (1, 1))
+    deferred = problem.prologue if problem.op == "conv_dgrad" else plain and problem.op == "conv_wgrad"
+    rows = config.block_m * (2 if deferred else 1) + config.block_n
+    stages = config.num_stages * rows * config.block_k * ITEMSIZE[problem.dtype]
+    if problem.op == "conv_dgrad" and plain and problem.c <= config.block_k:
+        # One step: the pipeline runs over tiles, with their epilogues in it.
+        stages += config.block_m * config.block_n * ITEMSIZE[problem.dtype]
     return max(stages, config.block_m * config.block_n * 4) + 2048
 
 
@@ -59,6 +66,8 @@ def _conv1x1_unsupported(problem: Problem, config: TileConfig | None, device: De
         return f"no {problem.r}x{problem.s} kernel for {problem.op}"
     if problem.padding != (0, 0):
         return f"padding {problem.padding} on a 1x1 convolution"
+    if problem.stride[0] != problem.stride[1]:
+        return f"stride {problem.stride}: the 1x1 kernels have one for both directions"
     if problem.groups != 1:
         return f"{problem.groups} groups"
     if config is not None and config.split_k > 1:
@@ -93,6 +102,69 @@ def _conv1x1_heuristic(problem: Problem, device: Device) -> TileConfig:
         if gemm_smem(problem, config) <= device.smem_bytes // 2:
             break
     return _with_split(problem, config, device)
+
+
+def _conv1x1_grad_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
+    if problem.stride != (1, 1) and (problem.op == "conv_dgrad" or (problem.op != "conv_wgrad" and problem.prologue)):
+        return f"stride {problem.stride}: the result has the pixels of what it is masked by"
+    return _conv1x1_unsupported(problem, config, device)
+
+
+def _conv1x1_grad_heuristic(problem: Problem, device: Device) -> TileConfig:
+    """A tile for the gradients of a 1x1 convolution, for the most part as the compiler's registers allow.
+
+    For the input, 64 pixels by 64 columns on four warps: prologue and sums take about 100 registers, so that three such
+    blocks share an SM on sm90 and hide each other's latency, where one of eight warps would stand alone (sm100
+    multiplies 128 pixels at a time, on eight warps). Where that would read and rebuild a deep gradient again for more
+    columns, 128 x 128 on eight warps reads it once: not on sm80, where it spills. For many columns of many pixels, a
+    gradient of up to 128 channels is one step, rebuilt once.
+    """
+    if problem.op == "conv_wgrad":
+        return _conv1x1_wgrad_heuristic(problem, device)
+    full, moments = problem.dtype == "float32", problem.op == "conv1x1_dgrad_moments"
+    columns, depth = (problem.c, problem.k + problem.c) if moments else (problem.k, problem.c)
+    sums = problem.prologue if moments else "relu" in problem.epilogue
+    rows = chunk_pixels(max(1, problem.gemm_m), statistics_rows(columns))
+
+    def programs(block_m: int, block_n: int) -> int:
+        return -(-problem.gemm_m // (rows if sums else block_m)) * -(-columns // block_n)
+
+    block_m, block_n, num_warps = (64, 64, 8) if full else (128, 64, 8) if device.arch >= 100 else (64, 64, 4)
+    whole = not (full or moments or sums) and depth <= 128 and columns > 64 and problem.gemm_m >= 512 * block_m
+    if device.arch >= 90 and columns > 64 and not (full or whole) and programs(128, 128) >= device.sm_count:
+        block_m, block_n, num_warps = 128, 128, 8
+    if programs(block_m, block_n) < device.sm_count:
+        block_n = 32
+    block_m = min(block_m, max(16, next_power_of_two(problem.gemm_m)))
+    block_n = min(block_n, max(16, next_power_of_two(columns)))
+    block_k = min(32 if full else 128 if whole else 64, max(16, next_power_of_two(depth)))
+    if block_m <= 64 and not full:
+        num_warps = 4
+    if whole:
+        return _deepest(problem, TileConfig(block_m, block_n, block_k, num_warps, 3), device.smem_bytes)
+    blocks = 1 if num_warps == 8 else 3 if device.arch == 90 else 2
+    stages = 4 if device.arch >= 90 else 3
+    return _deepest(problem, TileConfig(block_m, block_n, block_k, num_warps, stages), device.smem_bytes // blocks)
+
+
+def _conv1x1_wgrad_heuristic(problem: Problem, device: Device) -> TileConfig:
+    """As much of the result as a block's registers hold, since every tile reads both operands again: 128 x 256 on sm90
+    and later, 128 x 128 before, or where a deferred activation takes registers of its own."""
+    if problem.dtype == "float32":
+        block_m, block_n, warps = 64, 64, 8
+    else:
+        block_m, block_n = 128, 128 if problem.prologue or device.arch < 90 else 256
+        block_m = min(block_m, max(16, next_power_of_two(problem.k)))
+        block_n = min(block_n, max(16, next_power_of_two(problem.c)))
+        warps = 8 if block_m * block_n > 128 * 64 else 4
+    return _deepest(problem, TileConfig(block_m, block_n, 32, warps, 4), device.smem_bytes)
+
+
+def _deepest(problem: Problem, config: TileConfig, smem_bytes: int) -> TileConfig:
+    """``config``, with fewer stages if this much shared memory holds no more of them."""
+    while config.num_stages > 1 and gemm_smem(problem, config) > smem_bytes:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
 
 
 def _conv3x3_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
@@ -252,6 +324,16 @@ FAMILIES = (
         },
         _conv1x1_unsupported,
         _conv1x1_heuristic,
+    ),
+    Family(
+        "conv1x1_grad",
+        {
+            "conv_dgrad": "launch_conv1x1_dgrad",
+            "conv_wgrad": "launch_conv1x1_wgrad",
+            "conv1x1_dgrad_moments": "launch_conv1x1_dgrad_moments",
+        },
+        _conv1x1_grad_unsupported,
+        _conv1x1_grad_heuristic,
     ),
     Family(
         "conv3x3",
