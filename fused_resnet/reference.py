@@ -466,7 +466,7 @@ def moments_weights(cross: Tensor, gram: Tensor, w: Tensor, coef: Tensor) -> tup
     dw = cross[:-1] * a + (gram[:-1, :-1] @ weight) * b + torch.outer(gram[-1, :-1], c)
     w_a = (weight * b) @ weight.T
     return (
-        dw.T.reshape(w.shape).to(coef.dtype),
+        channels_last(dw.T.reshape(w.shape).to(coef.dtype)),
         (weight * a).T.contiguous().to(w.dtype),
         w_a.to(w.dtype),
         (weight @ c).to(coef.dtype),

@@ -52,12 +52,34 @@ def dgrad_arguments(problem: Problem, g, dx, geometry):
     return [(grad, w, geometry, hw, relu_of, *addend) for grad in gradients(problem, g) for addend in addends]
 
 
-def moments_arguments(problem: Problem, a):
+def dgrad_moments_arguments(problem: Problem, a):
     """Of an input gradient from moments, for the activation ``a`` as it comes."""
     k, n = problem.c, problem.k
     dout = meta(problem.n, n, *problem.out_hw, dtype=a.c.dtype)
     w_g, w_a = meta(n, k, dtype=a.c.dtype), meta(k, k, dtype=a.c.dtype)
     return [(dout, bits(dout), w_g, a, w_a, meta(k), problem.stride[0])]
+
+
+def moments_arguments(problem: Problem, a):
+    """Of the operators on moments: those whose first tensor is an activation, and those whose first is a weight."""
+    if problem.op == "moments":
+        return [(a, problem.stride[0])]
+    if problem.op == "cross_moments":
+        g = meta(problem.n, problem.k, *problem.out_hw, dtype=a.c.dtype)
+        mask = torch.empty(*g.permute(0, 2, 3, 1).shape[:3], -(-problem.k // 8), dtype=torch.uint8, device="meta")
+        return [(a, g, mask, problem.stride[0])]
+    w, n, k = a.c, problem.n, problem.c
+    gram, cross = meta(k + 1, k + 1, dtype=torch.float64), meta(k + 1, n, dtype=torch.float64)
+    if problem.op == "cross_sums":
+        return [(cross, w, meta(5, n))]
+    if problem.op == "moments_weights":
+        return [(cross, gram, w, meta(3, n))]
+    running = Running(meta(n), meta(n), torch.empty((), dtype=torch.int64, device="meta"))
+    return [
+        (gram, w, meta(n), meta(n), running, 0.1, 1e-5),
+        (gram, w, meta(n), meta(n), running, None, 1e-5),
+        (gram, w, None, None, None, 0.1, 1e-5),
+    ]
 
 
 def launch_arguments(problem: Problem):
@@ -77,7 +99,7 @@ def launch_arguments(problem: Problem):
         if problem.op == "conv_wgrad":
             return [(a, grad, tuple(w.shape), geometry) for grad in gradients(problem, out)]
         if problem.op == "conv1x1_dgrad_moments":
-            return moments_arguments(problem, a)
+            return dgrad_moments_arguments(problem, a)
         if problem.op == "conv_stats":
             return [(a, w, geometry)]
         if problem.op == "conv_affine":
@@ -90,6 +112,8 @@ def launch_arguments(problem: Problem):
         stride, side = problem.stride[0], problem.side
         shortcut = meta(problem.n, side, stride * problem.h, stride * problem.w, dtype=dtype)
         return [(a, w, bn, shortcut, meta(k, side, 1, 1, dtype=dtype), bn, stride)]
+    if "moments" in problem.op or problem.op == "cross_sums":
+        return moments_arguments(problem, a if problem.prologue else Deferred(x))
     running = Running(vector, vector, torch.empty((), dtype=torch.int64, device="meta"))
     partials = meta(problem.n, problem.h, c)
     return {
@@ -144,7 +168,7 @@ def verdicts(compiled, specs, limit):
             yield f"{name}: {result.stack} bytes of stack, {result.registers} registers"
         if result.shared > limit:
             yield f"{name}: {result.shared} bytes of shared memory, limit {limit}"
-        if plan.module.startswith("conv") and "BLOCK_K" in config and result.shared > gemm_smem(problem, plan.config):
+        if "BLOCK_K" in config and result.shared > gemm_smem(problem, plan.config):
             yield f"{name}: {result.shared} bytes of shared memory, estimated {gemm_smem(problem, plan.config)}"
         if "BLOCK_K" in config and not result.tensor_core:
             yield f"{name}: no tensor-core instruction"
@@ -164,6 +188,8 @@ def verdicts(compiled, specs, limit):
         ("conv3x3_grad", "bfloat16"),
         ("conv3x3_grad", "float32"),
         ("conv_library", "bfloat16"),
+        ("moments", "bfloat16"),
+        ("moments", "float32"),
     ],
 )
 def test_every_chosen_kernel_compiles(module, dtype, arch, tf32):

@@ -201,7 +201,7 @@ def _sums_kernel(
         g = tl.load(g_ptr + tile_start + elements, mask=valid, other=0.0).to(tl.float32)
         c = tl.load(c_ptr + tile_start + elements, mask=valid, other=0.0).to(tl.float32)
         if mask_ptr is not None:
-            g = tl.where(load_mask(mask_ptr, row0, stop, cols, channels, BLOCK_M), g, 0.0)
+            g = tl.where(load_mask(mask_ptr, row0, stop, first_col, channels, BLOCK_M, BLOCK_N), g, 0.0)
         if masked_ptr is not None:
             scale = load_vector(bn_ptr, BN_SCALE, channels, cols)
             g = tl.where(affine(c, scale, load_vector(bn_ptr, BN_SHIFT, channels, cols)) > 0, g, 0.0)
@@ -280,7 +280,7 @@ def _bn_backward_apply_kernel(
     cols, elements, valid = _tile(row0, pixels, first_col, channels, BLOCK_M, BLOCK_N)
     out = tl.load(g_ptr + start + elements, mask=valid, other=0.0).to(tl.float32)
     if mask_ptr is not None:
-        out = tl.where(load_mask(mask_ptr, row0, pixels, cols, channels, BLOCK_M), out, 0.0)
+        out = tl.where(load_mask(mask_ptr, row0, pixels, first_col, channels, BLOCK_M, BLOCK_N), out, 0.0)
     if coef_ptr is not None:
         c = tl.load(c_ptr + start + elements, mask=valid, other=0.0).to(tl.float32)
         out = affine(out, load_vector(coef_ptr, 0, channels, cols), load_vector(coef_ptr, 2, channels, cols))

@@ -133,17 +133,32 @@ def store_mask(
 
 
 @triton.jit
-def load_mask(mask_ptr, row0, row_limit, cols, channels, BLOCK_M: tl.constexpr):
-    """The bits of `store_mask` as booleans [BLOCK_M, N]; False out of range.
-
-    Eight neighbouring lanes read the same byte: the cache serves them, and no layout has to change.
-    """
+def load_packed(mask_ptr, row0, row_limit, first_channel, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The bytes of `store_mask`, uint8 [BLOCK_M, BLOCK_N // 8]; 0 out of range."""
     bytes_per_row = (channels + 7) // 8
     row = tl.arange(0, BLOCK_M)
-    offsets = row[:, None] * bytes_per_row + (cols // 8)[None, :]
-    valid = (row0 + row < row_limit)[:, None] & (cols < channels)[None, :]
-    packed = tl.load(mask_ptr + row0.to(tl.int64) * bytes_per_row + offsets, mask=valid, other=0)
-    return ((packed >> (cols % 8).to(tl.uint8)[None, :]) & 1) != 0
+    byte = first_channel // 8 + tl.arange(0, BLOCK_N // 8)
+    offsets = row[:, None] * bytes_per_row + byte[None, :]
+    valid = (row0 + row < row_limit)[:, None] & (byte < bytes_per_row)[None, :]
+    return tl.load(mask_ptr + row0.to(tl.int64) * bytes_per_row + offsets, mask=valid, other=0)
+
+
+@triton.jit
+def unpack(packed, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The bits of bytes [BLOCK_M, BLOCK_N // 8] as booleans [BLOCK_M, BLOCK_N].
+
+    The thread that holds a byte gets its eight neighbouring channels, as a wide load of 16-bit values would lay them
+    out: a load per byte, where a load per bit costs twice the registers.
+    """
+    bits = (packed[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]) & 1
+    return tl.reshape(bits, (BLOCK_M, BLOCK_N)) != 0
+
+
+@triton.jit
+def load_mask(mask_ptr, row0, row_limit, first_channel, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The bits of `store_mask` as booleans [BLOCK_M, BLOCK_N]; False out of range."""
+    packed = load_packed(mask_ptr, row0, row_limit, first_channel, channels, BLOCK_M, BLOCK_N)
+    return unpack(packed, BLOCK_M, BLOCK_N)
 
 
 @triton.jit

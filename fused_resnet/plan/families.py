@@ -21,8 +21,14 @@ from .problem import (
 
 
 def _accumulators(problem: Problem) -> int:
-    """fp32 tiles a thread block keeps in registers. The two sides of a join have scales of their own: two tiles."""
-    return 2 if problem.epilogue == "join_downsample" else 1
+    """fp32 tiles a thread block keeps in registers.
+
+    The two sides of a join have scales of their own, moments keep the results of a step beside their sum: two tiles.
+    Behind products of small matrices come fp64 tiles, as large as two.
+    """
+    if problem.op in _MATRIX_OPS:
+        return 4
+    return 2 if problem.epilogue == "join_downsample" or problem.op in _PRODUCT_OPS else 1
 
 
 def gemm_smem(problem: Problem, config: TileConfig) -> int:
@@ -31,6 +37,15 @@ def gemm_smem(problem: Problem, config: TileConfig) -> int:
     The stages of both operands; the epilogue's change of layout comes after them, in the same memory. A deferred
     gradient is two tensors.
     """
+    if problem.op in _MATRIX_OPS:
+        # The left operand is computed from moments in fp64; the parts of a product split in three follow.
+        row = 8 * config.block_m + ITEMSIZE[problem.dtype] * config.block_n
+        return config.num_stages * config.block_k * row + 8192
+    if problem.op in _PRODUCT_OPS:
+        # Operands that are transformed, or split for TF32, are written back for the tensor cores: one stage more.
+        copies = config.num_stages + (problem.dtype == "float32")
+        operands = copies * (config.block_m + config.block_n) * config.block_k * ITEMSIZE[problem.dtype]
+        return max(operands, config.block_m * config.block_n * 4) + 6144
     plain = (problem.r, problem.s, problem.stride) == (1, 1, (1, 1))
     deferred = problem.prologue if problem.op == "conv_dgrad" else plain and problem.op == "conv_wgrad"
     rows = config.block_m * (2 if deferred else 1) + config.block_n
@@ -246,6 +261,41 @@ def _conv3x3_heuristic(problem: Problem, device: Device) -> TileConfig:
     return _with_split(problem, config, device)
 
 
+def _moments_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
+    if problem.stride[0] != problem.stride[1]:
+        return f"stride {problem.stride}: one for both directions"
+    if problem.op == "cross_sums":
+        return _elementwise_unsupported(problem, config, device)
+    if problem.op in _PRODUCT_OPS and config is not None and config.block_k > 64:
+        return f"block_k {config.block_k}: tensor cores truncate sums, which costs moments too much beyond 64 pixels"
+    return _gemm_unsupported(problem, config, device)
+
+
+def _moments_heuristic(problem: Problem, device: Device) -> TileConfig:
+    """Tiles for moments (channels by channels, pixels) and for what is made of them (input by output channels, depth).
+
+    Up to 128 channels are one tile, so that every pixel is loaded and normalised once, and a gradient, wider than the
+    input by far, is read from memory once. 64 pixels a step amortise its synchronisations; 32 where registers hold no
+    more: beside 128 x 128 values of a deferred input, or of two operands in them (mma.sync). Products of small matrices
+    wait for memory, not for arithmetic: few steps, many programs.
+    """
+    full, mma_sync = problem.dtype == "float32", device.arch < 90
+    if problem.op == "cross_sums":
+        return TileConfig(32, 32, num_warps=4, num_stages=2)
+    if problem.op in _MATRIX_OPS:
+        finalize = problem.op == "moments_finalize"
+        if mma_sync or (finalize and problem.c <= 64):
+            return TileConfig(64, 32, 16, 4, 2)
+        return TileConfig(128, 32, 32, 8, 2) if finalize else TileConfig(64, 32, 32, 4, 2)
+    if full:
+        return TileConfig(64, 64, 16, 4, 2)
+    block_m = min(128, max(64, next_power_of_two(problem.c)))
+    if problem.op == "moments" and block_m == 64:
+        return TileConfig(64, 64, 64, 8, 4)
+    shallow = mma_sync or (block_m == 128 and problem.prologue)
+    return TileConfig(block_m, 128, 32 if shallow else 64, 8, 3)
+
+
 def _elementwise_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
     if config is None:
         return None
@@ -283,6 +333,8 @@ def _library_heuristic(problem: Problem, device: Device) -> TileConfig:
 
 VECTOR_OPS = frozenset({"bn_finalize", "bn_frozen", "merge_partials", "bn_backward_finalize"})
 _SUMMING_OPS = frozenset({"bn_act_sums", "join_sums"})
+_PRODUCT_OPS = frozenset({"moments", "cross_moments"})
+_MATRIX_OPS = frozenset({"moments_finalize", "moments_weights"})
 _PIXEL_OPS = frozenset({"bn_act", "bn_join", "relu_grad", "bn_backward_apply"})
 
 
@@ -346,6 +398,12 @@ FAMILIES = (
         {"conv_dgrad": "launch_conv3x3_dgrad", "conv_wgrad": "launch_conv3x3_wgrad"},
         _conv3x3_unsupported,
         _conv3x3_heuristic,
+    ),
+    Family(
+        "moments",
+        {op: f"launch_{op}" for op in sorted(_PRODUCT_OPS | _MATRIX_OPS | {"cross_sums"})},
+        _moments_unsupported,
+        _moments_heuristic,
     ),
     Family(
         "bn",
