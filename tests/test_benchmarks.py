@@ -195,9 +195,8 @@ def test_layers_stop_with_their_budget_and_name_failures(tmp_path, capsys, monke
         run()
         raise RuntimeError("no memory\nand more")
 
-    rows = layers.measure(
-        task, Case("resnet18", "training", 2, "fp32", 32, "cpu"), roofline.Ceilings(1, 1), None, times
-    )
+    case = Case("resnet18", "training", 2, "fp32", 32, "cpu")
+    rows = layers.measure(task, case, roofline.Ceilings(1, 1), None, times)
     assert [row["error"] for row in rows] == ["RuntimeError: no memory"]
     assert "RuntimeError: no memory" in layers.table(rows)
     assert layers.main(["--batch", "0"]) == layers.main(["--size", "8"]) == layers.main(["--budget", "-1"]) == 2
