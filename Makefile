@@ -15,7 +15,7 @@ endif
 # One thread for each of two workers where pytest-xdist is there.
 WORKERS = $(shell $(PY) -c "import xdist; print('-n 2')" 2>/dev/null)
 
-.PHONY: bench test test-latest lint build tune gpu-check gpu-tune gpu-bench gpu-peers clean
+.PHONY: bench test test-latest lint build tune figures gpu-check gpu-tune gpu-bench gpu-peers clean
 
 bench: $(READY)
 	$(PY) -m benchmarks.run --out $(OUT) $(BENCH_ARGS)
@@ -35,6 +35,10 @@ build: $(READY)
 # The table of plans that the package ships, on the card that is here.
 tune: $(READY)
 	$(PY) -m benchmarks.tune $(TUNE_ARGS)
+
+# The README's section of figures, and the pictures, from benchmarks/results/*.json.
+figures: $(READY)
+	$(PY) -m benchmarks.figures
 
 .venv/ready: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	python3 -m venv .venv
