@@ -36,8 +36,9 @@ PLAN_LAW = {
     "families": {"problem"},
     "layers": {"problem"},
     "tables": {"families", "problem"},
+    "occupancy": {"families", "problem"},
     "work": {"problem"},
-    "__init__": {"families", "layers", "problem", "tables", "work"},
+    "__init__": {"families", "layers", "occupancy", "problem", "tables", "work"},
 }
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from .families import CUDA_LAUNCHES, FAMILIES, VECTOR_OPS, candidates, gemm_smem, triton_plan, unsupported
 from .layers import MODELS, model_problems
+from .occupancy import tile_reason
 from .problem import (
     ARCHITECTURES,
     BLOCK_OPS,
@@ -67,6 +69,7 @@ __all__ = [
     "resolve_impl",
     "statistics_rows",
     "table_entry",
+    "tile_reason",
     "triton_plan",
     "unsupported",
     "use",
@@ -181,7 +184,8 @@ def plan_for(problem: Problem, device: Device | None, impl: str = "auto") -> Pla
     if impl == "triton":
         if measured is not None and measured.config and not unsupported(problem, measured.config, device):
             return _plan_with("triton", problem, measured.config, device, measured.reason)
-        return _plan_with("triton", problem, None, device, "asked for; tile from the heuristic")
+        chosen = _plan_with("triton", problem, None, device, "")
+        return replace(chosen, reason=f"heuristic: {tile_reason(problem, chosen.config, device)}")
     if measured is None:
         return Plan("library", None, f"not measured on sm{device.arch}")
     return _fastest(measured, lambda backend, reason: _plan_with(backend, problem, measured.config, device, reason))
