@@ -15,7 +15,7 @@ endif
 # One thread for each of two workers where pytest-xdist is there.
 WORKERS = $(shell $(PY) -c "import xdist; print('-n 2')" 2>/dev/null)
 
-.PHONY: bench test test-latest lint build tune gpu-check gpu-tune gpu-bench clean
+.PHONY: bench test test-latest lint build tune figures gpu-check gpu-tune gpu-bench gpu-peers clean
 
 bench: $(READY)
 	$(PY) -m benchmarks.run --out $(OUT) $(BENCH_ARGS)
@@ -35,6 +35,10 @@ build: $(READY)
 # The table of plans that the package ships, on the card that is here.
 tune: $(READY)
 	$(PY) -m benchmarks.tune $(TUNE_ARGS)
+
+# The README's section of figures, and the pictures, from benchmarks/results/*.json.
+figures: $(READY)
+	$(PY) -m benchmarks.figures
 
 .venv/ready: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	python3 -m venv .venv
@@ -85,6 +89,14 @@ gpu-bench: $(READY)
 	timeout 360 $(PY) -m benchmarks.run --out $(OUT) --models resnet50 --batches 256 32 --budget 320 $(BENCH_ARGS) \
 		> $(OUT)/bench.log 2>&1 || status=1; \
 	tail -n 40 $(OUT)/bench.log; exit $$status
+
+# On a machine with a GPU, in 9 minutes: ResNet-50 against every contender that is installed there.
+PEERS := eager eager-nchw graph compile compile-max-autotune compile-freezing timm cudnn-graphs
+gpu-peers: $(READY)
+	mkdir -p $(OUT)
+	-$(PY) setup.py build_ext --inplace > $(OUT)/build.log 2>&1
+	timeout 560 $(PY) -m benchmarks.run --out $(OUT) --models resnet50 --batches 256 --baselines $(PEERS) \
+		--budget 400 $(BENCH_ARGS) > $(OUT)/peers.log 2>&1; status=$$?; tail -n 40 $(OUT)/peers.log; exit $$status
 
 clean:
 	rm -rf .venv .venv-latest build out *.egg-info fused_resnet/*.so

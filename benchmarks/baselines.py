@@ -1,4 +1,7 @@
-"""The contenders: a name, and how to build its training step or inference call. Each is optional: `Absent` says why."""
+"""The contenders: a name, and how to build its training step or inference call. Each is optional: `Absent` says why.
+
+All of them run under autocast (fp32: without) with cuDNN's own search on, so that the library is at its best.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,10 @@ class Case(NamedTuple):
     size: int
     device: str
 
-    def images(self) -> Tensor:
-        """Random images in channels_last memory, fp32 as a data loader delivers them."""
+    def images(self, layout: torch.memory_format = torch.channels_last) -> Tensor:
+        """Random images, fp32 as a data loader delivers them."""
         x = torch.randn(self.batch, 3, self.size, self.size, device=self.device)
-        return x.to(memory_format=torch.channels_last)
+        return x.to(memory_format=layout)
 
     def autocast(self):
         """Autocast to the case's dtype, nothing for fp32."""
@@ -50,8 +53,19 @@ def torchvision_model(name: str, **keywords) -> nn.Module:
     return getattr(torchvision.models, name)(**keywords)
 
 
-def _prepare(model: nn.Module, case: Case) -> nn.Module:
-    model = model.to(case.device, memory_format=torch.channels_last)
+def timm_model(name: str) -> nn.Module:
+    """The network as timm builds it; `Absent` without timm, or if timm has none of that name."""
+    try:
+        import timm
+    except ImportError as error:
+        raise Absent(f"timm is not installed: {error}") from error
+    if not timm.is_model(name):
+        raise Absent(f"timm has no {name}")
+    return timm.create_model(name)
+
+
+def _prepare(model: nn.Module, case: Case, layout: torch.memory_format = torch.channels_last) -> nn.Module:
+    model = model.to(case.device, memory_format=layout)
     return model.train(case.mode == "training")
 
 
@@ -59,9 +73,11 @@ def _optimizer(model: nn.Module, case: Case) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=True)
 
 
-def _step(model: Callable, parameters: nn.Module, case: Case) -> Callable[[], Tensor]:
+def _step(
+    model: Callable, parameters: nn.Module, case: Case, layout: torch.memory_format = torch.channels_last
+) -> Callable[[], Tensor]:
     """A whole training step (forward, loss, backward, optimizer), or a forward in inference mode, on one batch."""
-    x = case.images()
+    x = case.images(layout)
     if case.mode == "inference":
 
         def infer() -> Tensor:
@@ -101,30 +117,50 @@ def _graphed(model: nn.Module, case: Case) -> Callable[[], Tensor]:
     return lambda: step(x, target)
 
 
-def _compiled(mode: str) -> Callable[[Case], Callable[[], Tensor]]:
+def _compiled(**options) -> Callable[[Case], Callable[[], Tensor]]:
     def build(case: Case) -> Callable[[], Tensor]:
+        if "freezing" in options.get("options", {}) and case.mode == "training":
+            raise Absent("freezing makes constants of the weights: inference only")
         model = _prepare(torchvision_model(case.model), case)
         torch._dynamo.reset()
-        return _step(torch.compile(model, mode=mode), model, case)
+        return _step(torch.compile(model, **options), model, case)
 
     return build
 
 
-def _eager(case: Case) -> Callable[[], Tensor]:
-    model = _prepare(torchvision_model(case.model), case)
-    return _step(model, model, case)
+def _eager(
+    make: Callable[[str], nn.Module] = torchvision_model, layout: torch.memory_format = torch.channels_last
+) -> Callable[[Case], Callable[[], Tensor]]:
+    def build(case: Case) -> Callable[[], Tensor]:
+        model = _prepare(make(case.model), case, layout)
+        return _step(model, model, case, layout)
+
+    return build
 
 
 def _eager_graph(case: Case) -> Callable[[], Tensor]:
     return _graphed(_prepare(torchvision_model(case.model), case), case)
 
 
-# name -> builder of a call that does one step of a case
+def _cudnn_graphs(case: Case) -> Callable[[], Tensor]:
+    from . import cudnn_graphs
+
+    if case.device != "cuda":
+        raise Absent("cuDNN's graphs need a CUDA device")
+    model = _prepare(torchvision_model(case.model), case)
+    return _step(cudnn_graphs.network(model, DTYPES[case.dtype]), model, case)
+
+
+# name -> builder of a call that does one step of a case; of torchvision in channels_last where not said otherwise
 BASELINES: dict[str, Callable[[Case], Callable[[], Tensor]]] = {
-    "eager": _eager,
+    "eager": _eager(),
+    "eager-nchw": _eager(layout=torch.contiguous_format),
     "graph": _eager_graph,
-    "compile": _compiled("default"),
-    "compile-max-autotune": _compiled("max-autotune"),
+    "compile": _compiled(mode="default"),
+    "compile-max-autotune": _compiled(mode="max-autotune"),
+    "compile-freezing": _compiled(options={"freezing": True, "max_autotune": True, "triton.cudagraphs": True}),
+    "timm": _eager(timm_model),
+    "cudnn-graphs": _cudnn_graphs,
 }
 
 

@@ -37,8 +37,9 @@ PLAN_LAW = {
     "families": {"problem"},
     "layers": {"problem"},
     "tables": {"cuda", "families", "problem"},
+    "occupancy": {"families", "problem"},
     "work": {"problem"},
-    "__init__": {"cuda", "families", "layers", "problem", "tables", "work"},
+    "__init__": {"cuda", "families", "layers", "occupancy", "problem", "tables", "work"},
 }
 
 

@@ -1,6 +1,7 @@
 """The benchmark: roofline against hand-computed figures, options, and a small real run from the command line."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -195,16 +196,43 @@ def test_layers_stop_with_their_budget_and_name_failures(tmp_path, capsys, monke
         run()
         raise RuntimeError("no memory\nand more")
 
-    rows = layers.measure(
-        task, Case("resnet18", "training", 2, "fp32", 32, "cpu"), roofline.Ceilings(1, 1), None, times
-    )
+    case = Case("resnet18", "training", 2, "fp32", 32, "cpu")
+    rows = layers.measure(task, case, roofline.Ceilings(1, 1), None, times)
     assert [row["error"] for row in rows] == ["RuntimeError: no memory"]
     assert "RuntimeError: no memory" in layers.table(rows)
     assert layers.main(["--batch", "0"]) == layers.main(["--size", "8"]) == layers.main(["--budget", "-1"]) == 2
 
 
-@pytest.mark.parametrize("name", ["graph"])
-def test_contenders_that_cannot_run_say_why(name):
-    if not torch.cuda.is_available():
-        with pytest.raises(Absent, match="need a CUDA device"):
-            BASELINES[name](Case("resnet18", "inference", 1, "fp32", 32, "cpu"))
+SMALL = Case("resnet18", "inference", 1, "fp32", 32, "cpu")
+
+
+@pytest.mark.parametrize("name", ["graph", "cudnn-graphs"])
+def test_contenders_that_need_a_gpu_say_so(name):
+    with pytest.raises(Absent, match="need a CUDA device"):
+        BASELINES[name](SMALL)
+
+
+def test_contenders_that_are_absent_say_why(monkeypatch):
+    with pytest.raises(Absent, match="inference only"):
+        BASELINES["compile-freezing"](SMALL._replace(mode="training"))
+    with pytest.raises(Absent, match="timm has no resnet19"):
+        BASELINES["timm"](SMALL._replace(model="resnet19"))
+    for package, name in (("timm", "timm"), ("torchvision", "eager")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(Absent, match=f"{package} is not installed"):
+            BASELINES[name](SMALL)
+
+
+@pytest.mark.parametrize("name", ["eager-nchw", "timm"])
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_peers_run(name, mode):
+    assert torch.isfinite(BASELINES[name](SMALL._replace(mode=mode, batch=2))()).all()
+
+
+def test_peers_have_the_layout_they_are_named_for(monkeypatch):
+    seen = []
+    stride = torchvision.models.ResNet.forward
+    monkeypatch.setattr(torchvision.models.ResNet, "forward", lambda s, x: seen.append(x.stride()) or stride(s, x))
+    for name in ("eager", "eager-nchw"):
+        BASELINES[name](SMALL._replace(batch=2))()
+    assert seen == [(3072, 1, 96, 3), (3072, 1024, 32, 1)]

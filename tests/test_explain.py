@@ -30,6 +30,14 @@ def test_table_lists_one_line_per_record():
     assert "1x8x8x16" in lines[2]
 
 
+def test_tile_of_the_heuristic_is_explained():
+    model = fused_resnet.FusedBottleneck(256, 64).eval()
+    records = fused_resnet.explain(model, torch.empty(8, 256, 56, 56, dtype=torch.float16), arch="sm86", impl="triton")
+    reasons = [record.reason for record in records if record.operator == "conv_affine"]
+    assert len(reasons) == 3
+    assert all("heuristic: " in reason and "on 84 SMs" in reason for reason in reasons)
+
+
 def test_backward_is_explained_in_training_mode_with_the_layer_it_belongs_to():
     model = nn.Sequential(fused_resnet.FusedBottleneck(16, 4), fused_resnet.FusedBottleneck(16, 4))
     records = fused_resnet.explain(model, torch.empty(2, 16, 8, 8, dtype=torch.bfloat16), impl="reference")

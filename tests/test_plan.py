@@ -200,6 +200,44 @@ def test_limits_of_the_cuda_kernels_have_reasons(plans, problem, change, reason)
         assert cuda_unsupported(problem, Device.default(arch))
 
 
+@pytest.mark.parametrize(
+    ("problem", "arch", "reason"),
+    [
+        (POINTWISE, 90, "128x64x64, 8 warps: room for 2 blocks on an SM, 3136 output tiles on 132 SMs"),
+        (POINTWISE, 80, "128x64x64, 8 warps: room for 2 blocks on an SM, 3136 output tiles on 108 SMs"),
+        (POINTWISE, 86, "128x64x64, 8 warps: room for 1 block on an SM, 3136 output tiles on 84 SMs"),
+        (
+            Problem("conv_affine", 1, 7, 7, 512, 2048, 1, 1, epilogue="affine"),
+            90,
+            "64x64x64, 4 warps: room for 3 blocks on an SM, 32 output tiles on 132 SMs",
+        ),
+        (
+            Problem("conv_affine", 1, 7, 7, 512, 512, 3, 3, padding=(1, 1), epilogue="affine"),
+            90,
+            "64x64x64, 4 warps: room for 4 blocks on an SM, 8 output tiles in 16 shares of the depth on 132 SMs",
+        ),
+        (
+            Problem("conv_wgrad", 32, 14, 14, 256, 256, 3, 3, padding=(1, 1)),
+            90,
+            "128x128x64, 4 warps: room for 2 blocks on an SM, 36 output tiles on 132 SMs",
+        ),
+        (
+            Problem("bn_act", 32, 56, 56, 64, 64),
+            89,
+            "64x64, 4 warps: room for 12 blocks on an SM, 1568 output tiles on 128 SMs",
+        ),
+    ],
+)
+def test_heuristic_says_what_its_tile_means_on_the_card(plans, problem, arch, reason):
+    assert plan_for(problem, Device.default(arch), "triton").reason == f"heuristic: {reason}"
+
+
+def test_grouped_convolution_says_who_convolves_and_why(plans):
+    grouped = replace(CONV3X3, groups=32)
+    reason = plan_for(grouped, H100, "triton").reason
+    assert reason.startswith("the library's convolution between fused passes: no 3x3 kernel for conv_stats; 32 groups")
+
+
 def test_more_pixels_than_32_bits_are_refused():
     assert "32-bit" in unsupported(Problem("bn_act", 2**16, 2**8, 2**8, 8, 8), None, H100)
 
@@ -248,7 +286,7 @@ def test_measured_tile_that_does_not_fit_the_card(plans):
     small = Device(90, 16, 99 * 1024)
     plan = plan_for(POINTWISE, small, "auto")
     assert plan.backend == "library" and "triton cannot run here: conv_stats: needs 133120 bytes" in plan.reason
-    assert plan_for(POINTWISE, small, "triton").reason.endswith("heuristic")
+    assert plan_for(POINTWISE, small, "triton").reason.startswith("heuristic: ")
 
 
 @pytest.mark.parametrize(

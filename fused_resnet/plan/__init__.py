@@ -15,8 +15,17 @@ from functools import lru_cache
 from pathlib import Path
 
 from .cuda import CUDA_LAUNCHES, cuda_plan, cuda_unsupported
-from .families import FAMILIES, VECTOR_OPS, candidates, gemm_smem, triton_plan, unsupported
+from .families import (
+    FAMILIES,
+    VECTOR_OPS,
+    candidates,
+    gemm_smem,
+    own_kernel_refusal,
+    triton_plan,
+    unsupported,
+)
 from .layers import MODELS, model_problems
+from .occupancy import tile_reason
 from .problem import (
     ARCHITECTURES,
     BLOCK_OPS,
@@ -74,6 +83,7 @@ __all__ = [
     "resolve_impl",
     "statistics_rows",
     "table_entry",
+    "tile_reason",
     "triton_plan",
     "unsupported",
     "use",
@@ -234,7 +244,11 @@ def plan_for(problem: Problem, device: Device | None, impl: str = "auto") -> Pla
     if impl == "triton":
         if measured is not None and measured.config and not unsupported(problem, measured.config, device):
             return _plan_with("triton", problem, measured.config, device, measured.reason)
-        return _plan_with("triton", problem, None, device, "asked for; tile from the heuristic")
+        chosen = _plan_with("triton", problem, None, device, "")
+        said = f"heuristic: {tile_reason(problem, chosen.config, device)}"
+        if chosen.module == "conv_library":
+            said = f"the library's convolution between fused passes: {own_kernel_refusal(problem, device)}; {said}"
+        return replace(chosen, reason=said)
     if measured is None:
         return _unmeasured(problem, device)
     return _fastest(measured, lambda backend, reason: _plan_with(backend, problem, measured.config, device, reason))

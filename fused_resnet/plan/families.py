@@ -458,6 +458,12 @@ def unsupported(problem: Problem, config: TileConfig | None, device: Device) -> 
     return found if isinstance(found, str) else None
 
 
+def own_kernel_refusal(problem: Problem, device: Device) -> str:
+    """Why a convolution goes to the library and passes around it: what the kernels of our own say."""
+    own = (family for family in FAMILIES if problem.op in family.launches and family.module != "conv_library")
+    return "; ".join(dict.fromkeys(filter(None, (family.unsupported(problem, None, device) for family in own))))
+
+
 def triton_plan(problem: Problem, config: TileConfig | None, device: Device, reason: str) -> Plan:
     """The Plan that runs ``problem`` in Triton, ``config`` None: with the heuristic's; `Unsupported` if none."""
     found = family_of(problem, config, device)
