@@ -193,7 +193,9 @@ def measure_operator(problem: Problem, device: Device, timer: Callable[..., floa
                 us[chosen.backend], config = took, chosen.config or config
         except Exception as error:  # a tile that fails to compile, to launch or to be right is out, the others go on
             rejected.append(f"{chosen.backend} {chosen.config}: {_line(error)}")
-            _require_device(f"{describe(problem)} with {chosen}", on)
+            _require_device(
+                on, f"{problem.op} {describe(problem)} with {chosen}", plan.table_entry(problem, us, config)
+            )
     return Outcome(plan.table_entry(problem, us, config), rejected)
 
 
@@ -201,15 +203,23 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def _require_device(after: str, on: str) -> None:
-    """Raise if the device no longer works: an illegal access ends every later call of this process."""
+class DeviceFailed(RuntimeError):
+    """An illegal access has ended this process's use of the device. `entry`: what had been measured before, or None."""
+
+    def __init__(self, after: str, entry: dict | None) -> None:
+        super().__init__(f"the CUDA device failed at {after}; run again in a new process, which passes over it")
+        self.entry = entry
+
+
+def _require_device(on: str, after: str, entry: dict | None = None) -> None:
+    """`DeviceFailed` if the device no longer works."""
     if on != "cuda":
         return
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     except RuntimeError as error:
-        raise RuntimeError(f"the CUDA device failed at {after}; run again in a new process") from error
+        raise DeviceFailed(after, entry) from error
 
 
 def _materialise(value, scale: float, on: str):
@@ -293,7 +303,7 @@ def measure_block(task: Task, device: Device, timer: Callable[..., float], on: s
                 if backend == "library":
                     raise
                 rejected.append(f"{backend}: {_line(error)}")
-                _require_device(describe(task.problem), on)
+                _require_device(on, f"{describe(task.problem)} as {backend}", plan.table_entry(task.problem, us))
     return Outcome(plan.table_entry(task.problem, us), rejected)
 
 
@@ -306,9 +316,15 @@ class Bench:
 
     def measure(self, task: Task) -> Outcome:
         """`measure_operator` or `measure_block`."""
-        if task.call is None:
-            return measure_operator(task.problem, self.device, self.timer)
-        return measure_block(task, self.device, self.timer)
+        try:
+            if task.call is None:
+                return measure_operator(task.problem, self.device, self.timer)
+            return measure_block(task, self.device, self.timer)
+        except DeviceFailed:
+            raise
+        except Exception:
+            _require_device("cuda", f"{task.problem.op} {describe(task.problem)}")
+            raise
 
     def ahead(self, tasks: list[Task]) -> AbstractContextManager:
         """Compile the candidates of these tasks in the background."""
@@ -347,28 +363,35 @@ class Tuner:
     clock: Callable[[], float] = time.monotonic
 
     def run(self, tasks: list[Task], budget: float = float("inf"), again: bool = False) -> int:
-        """Measure what the table lacks (all of it with `again`) until `budget` seconds are over; how many are left."""
+        """Measure what the table lacks (all of it with `again`) until `budget` seconds are over; how many are left.
+
+        A problem that cannot be measured, for lack of memory for instance, is named in the log and left.
+        """
         start, arch = self.clock(), self.device.arch
         text = plan.read_text(self.path)
         known = plan.parse_table(text, str(self.path), arch, self.valid)
         plan.measurements(self.device).update(known)
         plan.forget_choices()
-        left = [task for task in tasks if again or task.problem not in known]
+        left, failed = [task for task in tasks if again or task.problem not in known], 0
         with self.ahead(left):
             for done, task in enumerate(left):
                 if self.clock() - start > budget:
                     self.log(f"budget of {budget:.0f} s spent: {len(left) - done} problems left; run again to go on")
-                    return len(left) - done
-                self._measure(task, f"[{done + 1}/{len(left)}] {task.problem.op} {describe(task.problem)}")
-        return 0
+                    return len(left) - done + failed
+                head = f"[{done + 1}/{len(left)}] {task.problem.op} {describe(task.problem)}"
+                try:
+                    self._note(task, head, *self.measure(task))
+                except DeviceFailed as failure:
+                    if failure.entry is not None:
+                        self._note(task, head, failure.entry, [str(failure)])
+                    raise
+                except Exception as error:
+                    failed += 1
+                    self.log(f"{head}: left out: {_line(error)}")
+        return failed
 
-    def _measure(self, task: Task, head: str) -> None:
-        try:
-            entry, rejected = self.measure(task)
-        except torch.cuda.OutOfMemoryError:
-            self.log(f"{head}: out of memory, left out")
-            torch.cuda.empty_cache()
-            return
+    def _note(self, task: Task, head: str, entry: dict, rejected: list[str]) -> None:
+        """Into the table, the plans and the log."""
         save(self.path, self.device.arch, self.origin, [entry], self.valid)
         config = None if entry["config"] is None else plan.TileConfig(**entry["config"])
         measured = Measured(entry["us"], config, f"sm{self.device.arch}")

@@ -9,6 +9,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -109,6 +110,35 @@ def test_table_of_another_environment_is_measured_anew(tmp_path, shipped):
     assert len(plan.load_table(path, 90)) == 1
 
 
+def test_problem_that_cannot_be_measured_leaves_the_others(tmp_path, shipped):
+    class Poor(_Lab):
+        def measure(self, task):
+            if task.problem.c == 32:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\n20 GiB")
+            return super().measure(task)
+
+    lab = Poor()
+    assert lab.run(_problems(), tmp_path / "sm90.json") == 1
+    assert len(plan.load_table(tmp_path / "sm90.json", 90)) == 3
+    assert any("left out: OutOfMemoryError: CUDA out of memory. Tried to allocate" in line for line in lab.lines)
+    assert lab.run(_problems(), tmp_path / "sm90.json", budget=1e-9) == 1
+
+
+def test_failed_device_ends_the_run_and_the_next_one_passes_over_the_problem(tmp_path, shipped):
+    class Unlucky(_Lab):
+        def measure(self, task):
+            if task.problem.c == 32:
+                raise tuning.DeviceFailed("a tile", plan.table_entry(task.problem, {"library": 3.0}))
+            return super().measure(task)
+
+    path = tmp_path / "sm90.json"
+    with pytest.raises(tuning.DeviceFailed, match="failed at a tile; run again in a new process"):
+        Unlucky().run(_problems(), path)
+    again = _Lab()
+    assert again.run(_problems(), path) == 0 and len(again.measured) == 2
+    assert plan.load_table(path, 90)[_problems()[1]].us == {"library": 3.0}
+
+
 def _tasks(*names, batch=2, size=64, dtype="bf16"):
     return tuning.collect(command.runs(names, [batch], [dtype], ["training", "inference"], size))
 
@@ -205,6 +235,10 @@ def test_fastest_right_tile_wins(monkeypatch):
     assert timer.seen[:5] == [float("inf"), float("inf"), 7.0, 7.0, 3.0]
 
 
+def _on_cpu(function, problem, generator, device):
+    return function(problem, generator, "cpu")
+
+
 def test_wrong_or_failing_kernels_never_win(monkeypatch):
     first, second, *_ = plan.candidates(SMALL, H100)
     right = tuning.launcher
@@ -221,6 +255,17 @@ def test_wrong_or_failing_kernels_never_win(monkeypatch):
     assert entry["us"] == {"library": 9.0, "triton": 4.0}
     assert entry["config"] != plan.table_entry(SMALL, {}, first)["config"]
     assert len(rejected) == 2 and "bn_act result 0" in rejected[0] and "ZeroDivisionError" in rejected[1]
+
+    def illegal():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:  # the tensors stay on the CPU
+        patch.setattr(torch.cuda, "synchronize", illegal)
+        patch.setattr(tuning.trials, "operator_arguments", partial(_on_cpu, tuning.trials.operator_arguments))
+        patch.setattr(tuning.trials, "Trial", partial(_on_cpu, tuning.trials.Trial))
+        with pytest.raises(tuning.DeviceFailed, match="bn_act 2x5x5x16 float32 with Plan") as failure:
+            tuning.measure_operator(SMALL, H100, _Times(9.0, 1.0))
+        assert failure.value.entry["us"] == {"library": 9.0}
     monkeypatch.setattr(tuning, "launcher", lambda chosen: lambda a, relu: reference.bn_act(a, not relu))
     entry, rejected = tuning.measure_operator(SMALL, H100, _Times(9.0, 1.0), "cpu")
     assert entry == plan.table_entry(SMALL, {"library": 9.0}) and len(rejected) == len(plan.candidates(SMALL, H100))
@@ -401,6 +446,17 @@ def test_folder_that_cannot_be_read_warns(home):
         assert tuned.load(90, "H200") is None
 
 
+def _fork(function, argument):
+    """Two processes of function(rank, argument). They compute nothing, so that a fork does, and need not start anew."""
+    context = mp.get_context("fork")
+    processes = [context.Process(target=function, args=(rank, argument)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+
+
 def _tune_beside(rank, path):
     for i in range(15):
         problem = Problem("bn_act", 1, 8, 8, 8 * (i + 1), 8 * (i + 1), groups=rank + 1)
@@ -408,13 +464,7 @@ def _tune_beside(rank, path):
 
 
 def test_two_processes_that_tune_lose_nothing(tmp_path):
-    fork = mp.get_context("fork")
-    processes = [fork.Process(target=_tune_beside, args=(rank, tmp_path / "sm90.json")) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    _fork(_tune_beside, tmp_path / "sm90.json")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         table = plan.load_table(tmp_path / "sm90.json", 90)
@@ -423,7 +473,6 @@ def test_two_processes_that_tune_lose_nothing(tmp_path):
 
 def _rank(rank, folder):
     """Each rank has a folder of its own; the second one's holds a table at first, and changes later."""
-    torch.set_num_threads(1)
     os.environ["FUSED_RESNET_PLANS"] = f"{folder}/{rank}"
     distributed = torch.distributed
     distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
@@ -444,7 +493,7 @@ def _rank(rank, folder):
 
 
 def test_ranks_of_a_job_use_one_table(tmp_path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    _fork(_rank, tmp_path)
     for rank in range(2):
         tables, other = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert tables == [_problems(3)] * 2 and other is None
