@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         kept = ("card", "driver", "torch", "cuda", "cudnn", "triton", "date", "commit")
         origin = {"fused_resnet": fused_resnet.__version__} | {key: str(described[key]) for key in kept}
         tuner = tuning.Tuner(bench.device, path, origin, {}, bench.measure, bench.ahead)
-        left = tuner.run(tuning.with_kernels(tasks, bench.device), arguments.budget, arguments.again)
+        work = list(tuning.in_graphs(tuning.with_kernels(tasks, bench.device)))
+        left = tuner.run(work, arguments.budget, arguments.again)
     return 0 if left == 0 else 3
 
 

@@ -2,7 +2,7 @@
 
 A step of many short kernels is bound by the time it takes to launch them. A captured graph replays them all at once, on
 fixed memory: inputs are copied in, parameters and buffers are read where they lie, so in-place updates of weights or
-running statistics count from the next replay on.
+running statistics count from the next replay on. Under "auto" it holds what was measured to be fastest in a graph.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+
+from . import plan
 
 _WARM_UPS = 3  # enough for lazy initialisation: cuDNN plans, Triton compilation, optimizer state
 
@@ -66,7 +68,7 @@ def capture(model: nn.Module, example: Tensor, *, pool: tuple[int, int] | None =
         raise ValueError("model: in training mode; call model.eval() first, or capture_step for a training step")
     x = example.detach().clone(memory_format=torch.preserve_format)
     graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.device(x.device):
+    with torch.no_grad(), torch.cuda.device(x.device), plan.replayed():
         _on_side_stream(lambda: model(x))
         with torch.cuda.graph(graph, pool=pool):
             out = model(x)
@@ -195,7 +197,7 @@ def capture_step(
 
     snapshot = Snapshot(model, optimizer)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(x.device):
+    with torch.cuda.device(x.device), plan.replayed():
         _on_side_stream(warm_up)
         snapshot.restore()
         with torch.cuda.graph(graph):

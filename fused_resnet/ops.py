@@ -107,7 +107,8 @@ def _select(name: str, impl: str, x: Tensor, *details):
 
 def _block_problem(name: str, x: Tensor, convolutions: list[tuple[Tensor, Geometry]], kind: str) -> Problem:
     """Kernel, groups and dilation of the largest convolution, the stride, the last one's output channels, and in
-    `epilogue` the kind and every convolution."""
+    `epilogue` the kind and every convolution; what is for a CUDA graph is a problem of its own."""
+    kind = planning.GRAPH + kind if planning.is_replayed() else kind
     largest, geometry = max(convolutions, key=lambda pair: pair[0].shape[2])
     stride = max(g.stride for _, g in convolutions)
     shape = (convolutions[-1][0].shape[0], *largest.shape[1:])

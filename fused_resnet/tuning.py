@@ -285,20 +285,47 @@ def block_plans(problem: Problem, device: Device) -> dict[str, dict[Problem, Mea
     if native and not device.cuda_missing:
         chains["triton"] = {p: m._replace(us={k: t for k, t in m.us.items() if k != "cuda"}) for p, m in native.items()}
         chains["cuda"] = {}
-    if re.fullmatch(r"training (identity|projection) .* 1x1-\d+", problem.epilogue):
+    if re.fullmatch(rf"({plan.GRAPH})?training (identity|projection) .* 1x1-\d+", problem.epilogue):
         other = "moments" if problem.dtype == "float32" else "stored"
         chains |= {f"{backend} {other}": changes for backend, changes in chains.items() if backend != "library"}
     forced = {backend: Measured({"library": 1.0, backend: 0.0}, None, "this is being measured") for backend in chains}
     return {backend: {**changes, problem: forced[backend]} for backend, changes in chains.items()}
 
 
-def measure_block(task: Task, device: Device, timer: Callable[..., float], on: str = "cuda") -> Outcome:
+def graphed(run: Callable[[], object]) -> Callable[[], object]:
+    """The replay of a CUDA graph of `run`, which is warmed up first."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def in_graphs(tasks: Iterable[Task]) -> Iterator[Task]:
+    """The tasks, each block followed by the same one in a CUDA graph."""
+    for task in tasks:
+        yield task
+        if task.call is not None:
+            yield task._replace(problem=replace(task.problem, epilogue=plan.GRAPH + task.problem.epilogue))
+
+
+def measure_block(
+    task: Task,
+    device: Device,
+    timer: Callable[..., float],
+    on: str = "cuda",
+    graphed: Callable[[Callable[[], object]], Callable[[], object]] = graphed,
+) -> Outcome:
     """Time a whole block, with backward in training: the library's operators against the chain of the fastest ones."""
     run, us, rejected = block_call(task.call, on), {}, []
+    in_graph = task.problem.epilogue.startswith(plan.GRAPH)
     for backend, plans in block_plans(task.problem, device).items():
-        with planned_as(device, plans):
+        with planned_as(device, plans), plan.replayed() if in_graph else nullcontext():
             try:
-                us[backend] = timer(run)
+                us[backend] = timer(graphed(run) if in_graph else run)
             except Exception as error:
                 if backend == "library":
                     raise
@@ -470,7 +497,7 @@ def tune(
         path = tuned.location(bench.device.arch, card)
         origin = {**valid, "date": datetime.date.today().isoformat()}
         tuner = Tuner(bench.device, path, origin, valid, bench.measure, bench.ahead, log)
-        tasks = with_kernels(tasks, bench.device)
+        tasks = list(in_graphs(with_kernels(tasks, bench.device)))
         try:
             left = tuner.run(tasks, budget, again)
         finally:

@@ -24,7 +24,7 @@ LAW = {
     "tracing": {"modules"},
     "explain": {"ops", "plan", "tracing"},
     "costs": {"plan", "tracing"},
-    "graphs": set(),
+    "graphs": {"plan"},
     "trials": {"plan", "reference"},
     "precompile": {"plan", "trials"},
     "tuning": {"explain", "ops", "plan", "precompile", "reference", "tracing", "trials", "tuned"},

@@ -352,6 +352,32 @@ def test_bottleneck_is_timed_in_both_schemes(shipped, monkeypatch, dtype, other)
     assert entry["us"] == {"library": 9.0, "triton": 8.0, f"triton {other}": 7.0}
 
 
+def test_blocks_are_timed_in_a_graph_of_their_own(shipped, monkeypatch):
+    """The twin of a block is planned, called and timed for replay; what is measured outside says nothing of it."""
+    block = torch.nn.Sequential(fused_resnet.FusedBasicBlock(16, 16)).train()
+    eager, graph = list(tuning.in_graphs(tuning.collect([(block, torch.empty(2, 16, 6, 6))])))[-2:]
+    assert graph.problem == replace(eager.problem, epilogue="graph " + eager.problem.epilogue)
+    seen = []
+
+    def timer(run, best=float("inf")):
+        run()
+        return 10.0 - len(seen)
+
+    def graphed(run):
+        seen.append((plan.is_replayed(), plan.plan_block(graph.problem, H100).backend))
+        return run
+
+    asked = []
+    state = ops._block_problem
+    with _planned_for(H100, monkeypatch):
+        monkeypatch.setattr(ops, "_block_problem", lambda *a: asked.append(state(*a)) or asked[-1])
+        plan.measurements(H100)[eager.problem] = plan.Measured({"library": 1.0, "triton": 2.0}, None, "sm90")
+        entry, rejected = tuning.measure_block(graph, H100, timer, "cpu", graphed)
+    assert not rejected and entry == plan.table_entry(graph.problem, {"library": 9.0, "triton": 8.0})
+    assert seen == [(True, "library"), (True, "triton")] and not plan.is_replayed()
+    assert graph.problem in asked and eager.problem not in asked
+
+
 def test_failing_chain_is_rejected_and_the_library_stays(shipped, monkeypatch):
     tasks = tuning.collect([(fused_resnet.FusedBasicBlock(16, 16).eval(), torch.empty(1, 16, 6, 6))])
 

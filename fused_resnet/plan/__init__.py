@@ -29,6 +29,7 @@ from .occupancy import tile_reason
 from .problem import (
     ARCHITECTURES,
     BLOCK_OPS,
+    GRAPH,
     STAGE_OP,
     Device,
     Measured,
@@ -48,6 +49,7 @@ __all__ = [
     "BLOCK_OPS",
     "CUDA_LAUNCHES",
     "FAMILIES",
+    "GRAPH",
     "IMPLS",
     "MODELS",
     "PLANS",
@@ -71,6 +73,7 @@ __all__ = [
     "forget_choices",
     "forget_tables",
     "gemm_smem",
+    "is_replayed",
     "load_table",
     "measurements",
     "model_problems",
@@ -80,6 +83,7 @@ __all__ = [
     "plan_for",
     "plan_stage",
     "read_text",
+    "replayed",
     "resolve_impl",
     "statistics_rows",
     "table_entry",
@@ -99,6 +103,7 @@ class _Choice(threading.local):
     # function notices a later `use`. It cannot trace contextvars.
     def __init__(self) -> None:
         self.impl = "auto"
+        self.replayed = False
 
 
 _choice = _Choice()
@@ -134,6 +139,25 @@ def use(impl: str) -> Iterator[None]:
         yield
     finally:
         _choice.impl = outer
+
+
+@contextmanager
+def replayed() -> Iterator[None]:
+    """Plan this thread's blocks for a CUDA graph inside a ``with`` block: while one is captured, and warmed up for.
+
+    A replay launches nothing from Python, so that a chain of short kernels can win in it which loses outside.
+    """
+    outer = _choice.replayed
+    _choice.replayed = True
+    try:
+        yield
+    finally:
+        _choice.replayed = outer
+
+
+def is_replayed() -> bool:
+    """Whether this thread plans for a CUDA graph."""
+    return _choice.replayed
 
 
 def _plan_with(backend: str, problem: Problem, config: TileConfig | None, device: Device, reason: str) -> Plan:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 BLOCK_OPS = ("residual_block", "stem")
+GRAPH = "graph "  # begins the epilogue of a block in a CUDA graph, where launches cost little: a problem of its own
 # How a training chain of a block may end, measured as a backend of its own: "triton stored" beside "triton".
 SCHEMES = ("stored", "moments")
 STAGE_OP = "residual_stage"  # its backends: "library", the whole batch at once, or the images of a part, as a string
