@@ -288,7 +288,7 @@ def _moments_heuristic(problem: Problem, device: Device) -> TileConfig:
             return TileConfig(64, 32, 16, 4, 2)
         return TileConfig(128, 32, 32, 8, 2) if finalize else TileConfig(64, 32, 32, 4, 2)
     if full:
-        return TileConfig(64, 64, 16, 4, 2)
+        return TileConfig(64, 64, 16 if mma_sync else 32, 4, 2)
     block_m = min(128, max(64, next_power_of_two(problem.c)))
     if problem.op == "moments" and block_m == 64:
         return TileConfig(64, 64, 64, 8, 4)
