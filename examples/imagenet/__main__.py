@@ -33,8 +33,8 @@ from .train import DTYPES, Stopped, Trainer
 _CIFAR = re.compile(r"cifar_resnet(\d+)")
 # Options that change what is written, shown or waited for, but no number of the run.
 _FREE = {
-    "--checkpoint-every", "--classes", "--data", "--evaluate", "--log-every", "--max-unreadable", "--output",
-    "--resume", "--tensorboard", "--weights", "--workers",
+    "--checkpoint-every", "--classes", "--data", "--device", "--evaluate", "--log-every", "--max-unreadable",
+    "--output", "--resume", "--tensorboard", "--weights", "--workers",
 }  # fmt: skip
 
 
@@ -93,11 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--lr", type=positive, default=0.1, help="for 256 images in a step; scaled to what a step takes")
     group.add_argument("--momentum", type=share, default=0.9)
     group.add_argument("--weight-decay", type=positive, default=1e-4, help="not on norms and biases")
-    group.add_argument("--warmup-epochs", type=positive, default=5.0, help="of linear warm-up, before the cosine")
+    group.add_argument("--warmup-epochs", type=positive, help="linear warm-up; default: 5, but at most a tenth of all")
     group.add_argument("--label-smoothing", type=share, default=0.1)
     group.add_argument(
         "--ema", type=share, default=0.0, metavar="DECAY", help="average weights, validate and save these"
     )
+    group.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     group.add_argument("--dtype", choices=DTYPES, help="of autocast; default: bf16 on CUDA devices, fp32 on CPUs")
     group.add_argument("--graph", action="store_true", help="the whole step as one CUDA graph, on one device")
     group.add_argument("--seed", type=whole, default=0)
@@ -191,6 +192,8 @@ def _load_weights(model: nn.Module, name: str, source: str, whole: bool) -> None
 def _prepare(options, device: torch.device) -> tuple[nn.Module, Data]:
     """Everything of this process that can be wrong before the ranks speak to each other."""
     options.dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    if options.warmup_epochs is None:
+        options.warmup_epochs = min(5, options.epochs / 10)
     _check(options, device)
     if options.workers is None:
         options.workers = min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -289,7 +292,7 @@ def _run(options, device: torch.device) -> int:
     if options.tensorboard and first:
         from torch.utils.tensorboard import SummaryWriter
 
-        trainer.writer = SummaryWriter(str(options.output), purge_step=trainer.steps_done)
+        trainer.writer = SummaryWriter(str(options.output), purge_step=trainer.steps_done + 1)
     try:
         trainer.fit()
     except Stopped:
@@ -310,7 +313,11 @@ def main(argv: list[str] | None = None) -> int:
     else:
         torch.backends.cudnn.benchmark = True
     try:
-        device = ranks.start()
+        device = ranks.start(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
         with fused_resnet.use(options.impl):
             return _run(options, device)
     except (DataError, FloatingPointError) as error:
