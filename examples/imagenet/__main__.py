@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--size", type=count, nargs="+", default=[224],
-        help="height and width in pixels; several: progressive resizing, an equal share of the epochs each; default: 224",
+        help="height and width in pixels; several: progressive resizing, equal shares of the epochs; default: 224",
     )  # fmt: skip
     group.add_argument("--val-size", type=count, help="in validation; default: the last --size")
     group.add_argument("--augment", choices=("none", "trivial"), default="none", help="besides crop and flip")
