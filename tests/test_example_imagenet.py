@@ -21,9 +21,10 @@ import torch.multiprocessing as mp
 import torchvision
 from PIL import Image, ImageDraw
 from torch import nn
+from torchvision.transforms import functional as F
 
 import fused_resnet
-from examples.imagenet import checkpoint, data, train
+from examples.imagenet import checkpoint, dali, data, train
 from examples.imagenet.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +33,7 @@ SMALL = "--model cifar_resnet8 --size 16 --batch-size 12 --workers 0"
 
 
 def _arguments(source, output, options):
-    return ["--data", str(source), "--output", str(output), *shlex.split(options)]
+    return ["--data", str(source), "--output", str(output), "--device", "cpu", *shlex.split(options)]
 
 
 def _run(source, output, options):
@@ -171,6 +172,22 @@ def test_shards_hold_what_the_folders_hold(shapes, tmp_path):
     assert shards.name(23) == "1.tar/./0023.png"
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_dali_is_told_what_torchvision_does(shapes, index):
+    """Its windows, sizes and flips, carried out by torchvision, give the images of the CPU path."""
+    encoded = data.Folder(shapes / "train").read(index)
+    paths = (dali._random_cut, data.augmented), (dali._central_cut, data.centred)
+    for make_cut, make_image in paths:
+        with data.seeded(index):
+            cut = make_cut(dali._open(encoded), 24)
+        (top, left), (height, width) = cut.window.tolist(), cut.extent.tolist()
+        picture = F.crop(data._decode(cut.encoded.tobytes()), top, left, height, width)
+        picture = F.crop(F.resize(picture, cut.resized.astype(int).tolist()), *cut.corner.tolist(), *cut.kept.tolist())
+        image = F.pil_to_tensor(F.hflip(picture) if cut.flip else picture)
+        with data.seeded(index):
+            assert torch.equal(image, make_image(data._decode(encoded), 24))
+
+
 # Training
 
 
@@ -182,6 +199,13 @@ def test_learns_shapes_and_its_weights_load(shapes, tmp_path, capsys):
     assert _run(shapes, tmp_path, f"{recipe} --weights {tmp_path / 'best.pt'} --evaluate") == 0
     top1 = float(capsys.readouterr().out.removeprefix("top-1 ").partition("%")[0])
     assert top1 > 90
+
+
+@pytest.mark.gpu
+def test_captured_steps_learn_shapes(shapes, tmp_path):
+    recipe = "--model cifar_resnet8 --size 24 32 --batch-size 12 --workers 0 --epochs 12 --warmup-epochs 2 --lr 1"
+    assert _run(shapes, tmp_path, f"{recipe} --device cuda --graph --dtype fp32") == 0
+    assert torch.load(_newest(tmp_path), map_location="cpu")["best"] > 0.9
 
 
 @pytest.mark.parametrize("options", ["", "--unfused", "--ema 0.5"])
@@ -241,7 +265,7 @@ def scalars(monkeypatch):
 
 def test_tensorboard_scalars(shapes, tmp_path, scalars):
     assert _run(shapes, tmp_path, f"{SMALL} --epochs 1 --warmup-epochs 0 --log-every 4 --tensorboard") == 0
-    assert scalars[0] == ("purge", 0)
+    assert scalars[0] == ("purge", 1)
     assert [entry for entry in scalars if entry[0] == "train/loss"] == [("train/loss", 4), ("train/loss", 6)]
     assert {("train/lr", 4), ("train/images per s", 4), ("val/top1", 6), ("val/top5", 6)} <= set(scalars)
 
@@ -461,11 +485,14 @@ def _damage(root, count):
 def test_unreadable_images_are_named_and_skipped(broken, tmp_path, capsys, workers):
     names = _damage(broken, 3)
     recipe = f"{SMALL} --workers {workers} --epochs 1 --warmup-epochs 0"
-    assert _run(broken, tmp_path / "out", f"{recipe} --max-unreadable 3") == 0
-    said = capsys.readouterr().err
-    assert all(said.count(f"skipped, unreadable: {name}: ") == 1 for name in (*names, "disc/00.png"))
-    assert _run(broken, tmp_path / "other", f"{recipe} --max-unreadable 2") == 1
+    assert _run(broken, tmp_path / "out", f"{recipe} --max-unreadable 4") == 0
+    said = capsys.readouterr()
+    assert all(said.err.count(f"skipped, unreadable: {name}: ") == 1 for name in (*names, "disc/00.png"))
+    assert ", 4 images unreadable" in said.out
+    assert _run(broken, tmp_path / "training", f"{recipe} --max-unreadable 2") == 1
     assert "3 unreadable images in one epoch; --max-unreadable is 2" in capsys.readouterr().err
+    assert _run(broken, tmp_path / "validation", f"{recipe} --max-unreadable 3") == 1
+    assert "4 unreadable images in one epoch; --max-unreadable is 3" in capsys.readouterr().err
 
 
 def test_replacement_is_the_next_readable_image(broken):

@@ -33,8 +33,8 @@ from .train import DTYPES, Stopped, Trainer
 _CIFAR = re.compile(r"cifar_resnet(\d+)")
 # Options that change what is written, shown or waited for, but no number of the run.
 _FREE = {
-    "--checkpoint-every", "--classes", "--data", "--evaluate", "--log-every", "--max-unreadable", "--output",
-    "--resume", "--tensorboard", "--weights", "--workers",
+    "--checkpoint-every", "--classes", "--data", "--device", "--evaluate", "--log-every", "--max-unreadable",
+    "--output", "--resume", "--tensorboard", "--weights", "--workers",
 }  # fmt: skip
 
 
@@ -66,38 +66,59 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     group.add_argument("--data", required=True, help='a folder with "train" and "val", or "synthetic"')
     group.add_argument("--classes", type=count, help="expected; default: the folders', 1000 for shards and synthetic")
-    group.add_argument("--synthetic-images", type=count, default=12800, help="of an epoch with --data synthetic")
+    group.add_argument(
+        "--synthetic-images", type=count, default=12800, help="of an epoch with --data synthetic; default: %(default)s"
+    )
     group.add_argument("--loader", choices=("torch", "dali"), default="torch", help="who decodes; dali: NVIDIA DALI")
     group.add_argument("--workers", type=whole, help="processes that read; default: this process's share of the cores")
-    group.add_argument("--max-unreadable", type=whole, default=100, help="images skipped in an epoch before it stops")
+    group.add_argument(
+        "--max-unreadable",
+        type=whole,
+        default=100,
+        help="images skipped in an epoch before it stops; default: %(default)s",
+    )
     group.add_argument(
         "--size", type=count, nargs="+", default=[224],
-        help="height and width in pixels; several: progressive resizing, an equal share of the epochs each",
+        help="height and width in pixels; several: progressive resizing, equal shares of the epochs; default: 224",
     )  # fmt: skip
     group.add_argument("--val-size", type=count, help="in validation; default: the last --size")
     group.add_argument("--augment", choices=("none", "trivial"), default="none", help="besides crop and flip")
     group.add_argument("--erase", type=share, default=0.0, help="probability of random erasing")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="resnet50", help=f"{', '.join(models.BUILDERS)}, or cifar_resnet20, 32, ...")
+    group.add_argument(
+        "--model",
+        default="resnet50",
+        help=f"{', '.join(models.BUILDERS)}, or cifar_resnet20, ...; default: %(default)s",
+    )
     group.add_argument("--unfused", action="store_true", help="torchvision's model (a cifar_resnet: unfused)")
     group.add_argument("--impl", choices=IMPLS, default="auto", help="as in fused_resnet.use")
     group.add_argument("--weights", help="to start from: a file or a name of torchvision's; fc may have other classes")
     group.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all processes")
 
     group = parser.add_argument_group("recipe")
-    group.add_argument("--epochs", type=count, default=90)
-    group.add_argument("--batch-size", type=count, default=256, help="of each process and backward pass")
+    group.add_argument("--epochs", type=count, default=90, help="default: %(default)s")
+    group.add_argument(
+        "--batch-size", type=count, default=256, help="of each process and backward pass; default: %(default)s"
+    )
     group.add_argument("--accumulate", type=count, default=1, help="backward passes of an optimizer step")
     group.add_argument("--optimizer", choices=("sgd", "lars"), default="sgd", help="lars: timm's")
-    group.add_argument("--lr", type=positive, default=0.1, help="for 256 images in a step; scaled to what a step takes")
-    group.add_argument("--momentum", type=share, default=0.9)
-    group.add_argument("--weight-decay", type=positive, default=1e-4, help="not on norms and biases")
-    group.add_argument("--warmup-epochs", type=positive, default=5.0, help="of linear warm-up, before the cosine")
-    group.add_argument("--label-smoothing", type=share, default=0.1)
+    group.add_argument(
+        "--lr",
+        type=positive,
+        default=0.1,
+        help="for 256 images in a step, scaled to what a step takes; default: %(default)s",
+    )
+    group.add_argument("--momentum", type=share, default=0.9, help="default: %(default)s")
+    group.add_argument(
+        "--weight-decay", type=positive, default=1e-4, help="not on norms and biases; default: %(default)s"
+    )
+    group.add_argument("--warmup-epochs", type=positive, help="linear warm-up; default: 5, but at most a tenth of all")
+    group.add_argument("--label-smoothing", type=share, default=0.1, help="default: %(default)s")
     group.add_argument(
         "--ema", type=share, default=0.0, metavar="DECAY", help="average weights, validate and save these"
     )
+    group.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     group.add_argument("--dtype", choices=DTYPES, help="of autocast; default: bf16 on CUDA devices, fp32 on CPUs")
     group.add_argument("--graph", action="store_true", help="the whole step as one CUDA graph, on one device")
     group.add_argument("--seed", type=whole, default=0)
@@ -106,10 +127,17 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("files")
-    group.add_argument("--output", type=Path, default=Path("out/imagenet"), help="folder of checkpoints and weights")
-    group.add_argument("--checkpoint-every", type=count, default=1000, metavar="N", help="optimizer steps")
+    group.add_argument(
+        "--output",
+        type=Path,
+        default=Path("out/imagenet"),
+        help="folder of checkpoints and weights; default: %(default)s",
+    )
+    group.add_argument(
+        "--checkpoint-every", type=count, default=1000, metavar="N", help="optimizer steps; default: %(default)s"
+    )
     group.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output, if any")
-    group.add_argument("--log-every", type=count, default=50, metavar="N", help="optimizer steps")
+    group.add_argument("--log-every", type=count, default=50, metavar="N", help="optimizer steps; default: %(default)s")
     group.add_argument("--tensorboard", action="store_true", help="write scalars to --output")
     group.add_argument("--evaluate", action="store_true", help="validate --weights and do not train")
     return parser
@@ -191,6 +219,8 @@ def _load_weights(model: nn.Module, name: str, source: str, whole: bool) -> None
 def _prepare(options, device: torch.device) -> tuple[nn.Module, Data]:
     """Everything of this process that can be wrong before the ranks speak to each other."""
     options.dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    if options.warmup_epochs is None:
+        options.warmup_epochs = min(5, options.epochs / 10)
     _check(options, device)
     if options.workers is None:
         options.workers = min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -289,7 +319,7 @@ def _run(options, device: torch.device) -> int:
     if options.tensorboard and first:
         from torch.utils.tensorboard import SummaryWriter
 
-        trainer.writer = SummaryWriter(str(options.output), purge_step=trainer.steps_done)
+        trainer.writer = SummaryWriter(str(options.output), purge_step=trainer.steps_done + 1)
     try:
         trainer.fit()
     except Stopped:
@@ -310,7 +340,11 @@ def main(argv: list[str] | None = None) -> int:
     else:
         torch.backends.cudnn.benchmark = True
     try:
-        device = ranks.start()
+        device = ranks.start(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
         with fused_resnet.use(options.impl):
             return _run(options, device)
     except (DataError, FloatingPointError) as error:

@@ -19,45 +19,49 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from .data import VAL_RESIZE, Images, TrainOrder, ValOrder, loader
+from .data import VAL_RESIZE, DataError, Images, TrainOrder, ValOrder, loader
 
 
 class Cut(NamedTuple):
-    """An encoded image and what to make of it: the window's first pixel and extent (y, x), the output's, and a flip."""
+    """An encoded image and what to make of it; places and extents are (y, x) in pixels."""
 
     encoded: np.ndarray
-    start: np.ndarray
-    shape: np.ndarray
-    size: np.ndarray
-    flip: np.ndarray
+    window: np.ndarray  # first pixel of what is decoded
+    extent: np.ndarray  # of the window
+    resized: np.ndarray  # extent after resizing
+    corner: np.ndarray  # first pixel of what is kept of that
+    kept: np.ndarray  # extent of it
+    flip: np.ndarray  # 0 or 1
+
+
+def _cut(encoded: bytes, window, extent, resized, corner, size: int, flip: bool) -> Cut:
+    places = (np.array(place, np.int32) for place in (window, extent))
+    kept = (np.array(place, np.int32) for place in (corner, (size, size)))
+    return Cut(
+        np.frombuffer(encoded, np.uint8), *places, np.array(resized, np.float32), *kept, np.array(flip, np.int32)
+    )
 
 
 def _open(encoded: bytes) -> tuple[bytes, Image.Image]:
     return encoded, Image.open(io.BytesIO(encoded))  # reads the header alone
 
 
-def _cut(encoded: bytes, window: dict[str, int], size: int, flip: bool) -> Cut:
-    return Cut(
-        np.frombuffer(encoded, np.uint8),
-        np.array([window["top"], window["left"]], np.int32),
-        np.array([window["height"], window["width"]], np.int32),
-        np.array([size, size], np.float32),
-        np.array(flip, np.int32),
-    )
-
-
 def _random_cut(opened: tuple[bytes, Image.Image], size: int) -> Cut:
+    """The window and the flip that torchvision's RandomResizedCrop and RandomHorizontalFlip would draw."""
     encoded, image = opened
-    window = v2.RandomResizedCrop(size).make_params([image])
-    return _cut(encoded, window, size, bool(torch.rand(1) < 0.5))
+    drawn = v2.RandomResizedCrop(size).make_params([image])
+    window, extent = (drawn["top"], drawn["left"]), (drawn["height"], drawn["width"])
+    return _cut(encoded, window, extent, (size, size), (0, 0), size, bool(torch.rand(1) < 0.5))
 
 
 def _central_cut(opened: tuple[bytes, Image.Image], size: int) -> Cut:
+    """The shorter side resized to VAL_RESIZE * size, and the centre, with torchvision's rounding."""
     encoded, image = opened
     width, height = image.size
-    side = round(min(width, height) / VAL_RESIZE)
-    window = {"top": (height - side) // 2, "left": (width - side) // 2, "height": side, "width": side}
-    return _cut(encoded, window, size, False)
+    short, shorter = min(width, height), round(size * VAL_RESIZE)
+    resized = [int(shorter * side / short) for side in (height, width)]
+    corner = [round((side - size) / 2) for side in resized]
+    return _cut(encoded, (0, 0), (height, width), resized, corner, size, False)
 
 
 def _collate(samples: list[tuple]) -> tuple[list[Cut], Tensor, list[str]]:
@@ -79,11 +83,19 @@ class DaliLoader:
 
         @pipeline_def(batch_size=self.batch_size, num_threads=4, device_id=self.device.index if cuda else None)
         def define():
-            encoded, start, shape, size, flip = fn.external_source(source=batches, num_outputs=len(Cut._fields))
-            images = fn.decoders.image_slice(
-                encoded, start=start, shape=shape, axes=[0, 1], output_type=types.RGB, device="mixed" if cuda else "cpu"
+            encoded, window, extent, resized, corner, kept, flip = fn.external_source(
+                source=batches, num_outputs=len(Cut._fields)
             )
-            return fn.flip(fn.resize(images, size=size, antialias=True), horizontal=flip)
+            images = fn.decoders.image_slice(
+                encoded,
+                start=window,
+                shape=extent,
+                axes=[0, 1],
+                output_type=types.RGB,
+                device="mixed" if cuda else "cpu",
+            )
+            images = fn.resize(images, size=resized, antialias=True)
+            return fn.flip(fn.slice(images, start=corner, shape=kept, axes=[0, 1]), horizontal=flip)
 
         return define()
 
@@ -107,9 +119,11 @@ class DaliLoader:
                 (output,) = next(images)
             except StopIteration:
                 return
+            except DataError:
+                raise
             except RuntimeError as error:
-                raise RuntimeError(
-                    f"DALI stopped; --loader torch skips what cannot be decoded and names it: {error}"
+                raise DataError(
+                    f"DALI stopped; --loader torch names and skips what cannot be decoded: {error}"
                 ) from error
             yield output["images"].permute(0, 3, 1, 2), *on_the_way.popleft()
 
@@ -117,14 +131,9 @@ class DaliLoader:
 def dali_loaders(train, val, orders: tuple[TrainOrder, ValOrder], options, device) -> tuple[DaliLoader, DaliLoader]:
     """Training and validation batches, like data.torch_loaders."""
     host = torch.device("cpu")  # encoded images gain nothing from pinned memory
-    return tuple(
-        DaliLoader(
-            loader(Images(source, _open, prepare, options.seed, replace), order, options.workers, host, _collate),
-            options.batch_size,
-            device,
-        )
-        for source, prepare, replace, order in (
-            (train, _random_cut, True, orders[0]),
-            (val, _central_cut, False, orders[1]),
-        )
+    images = (
+        Images(train, _open, _random_cut, options.seed, replace=True),
+        Images(val, _open, _central_cut, options.seed, replace=False),
     )
+    cuts = (loader(dataset, order, options.workers, host, _collate) for dataset, order in zip(images, orders))
+    return tuple(DaliLoader(each, options.batch_size, device) for each in cuts)

@@ -13,6 +13,7 @@ import io
 import os
 import signal
 import tarfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -45,7 +46,10 @@ class DataError(RuntimeError):
 
 
 class Folder:
-    """Encoded images of a folder with one folder for each class (torchvision's ImageFolder)."""
+    """Encoded images of a folder with one folder for each class (torchvision's ImageFolder).
+
+    Raises OSError for a folder without classes, or a class without images.
+    """
 
     def __init__(self, root: Path) -> None:
         listing = ImageFolder(str(root))
@@ -55,12 +59,15 @@ class Folder:
         return len(self._samples)
 
     def label(self, index: int) -> int:
+        """The class number."""
         return self._samples[index][1]
 
     def name(self, index: int) -> str:
+        """What a message calls the image."""
         return os.path.relpath(self._samples[index][0], self.root)
 
     def read(self, index: int) -> bytes:
+        """The encoded image."""
         return Path(self._samples[index][0]).read_bytes()
 
 
@@ -104,12 +111,15 @@ class Shards:
         return len(self._samples)
 
     def label(self, index: int) -> int:
+        """The class number."""
         return self._labels[index]
 
     def name(self, index: int) -> str:
+        """What a message calls the image."""
         return "/".join(self._samples[index][:2])
 
     def read(self, index: int) -> bytes:
+        """The encoded image."""
         shard, _, offset, size = self._samples[index]
         with open(self.root / shard, "rb") as file:
             file.seek(offset)
@@ -128,9 +138,9 @@ def open_source(root: Path) -> Folder | Shards:
 
 def digest(source: Folder | Shards | Noise) -> str:
     """A hash of all names and labels: equal where two processes see the same data."""
-    total = hashlib.sha256()
     if isinstance(source, Noise):
         return f"{source.length} of {source.classes} classes"
+    total = hashlib.sha256()
     for index in range(len(source)):
         total.update(f"{source.name(index)} {source.label(index)}\n".encode())
     return total.hexdigest()[:16]
@@ -277,8 +287,16 @@ def _collate(samples: list[tuple]) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def _begin_worker(_: int) -> None:
-    # A signal to the whole process group must not take the workers away from a rank that is about to save.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """End on SIGTERM from the parent alone: one to all processes must leave a rank its workers until it has saved."""
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def loader(
@@ -345,7 +363,7 @@ def open_data(options, make_loaders: Callable, rank: int, world: int, device: to
     """The data that the command line's options ask for. Raises ValueError, naming the option, where they do not fit."""
     train, val, classes = _open_both(options)
     order = TrainOrder(len(train), options.batch_size, options.accumulate, options.seed, rank, world)
-    if order.steps == 0:
+    if order.steps == 0 and not options.evaluate:
         raise ValueError(
             f"--batch-size: a step takes {order.images_per_step} images (batch size x accumulate x processes), but "
             f"there are {len(train)}"

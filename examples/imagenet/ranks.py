@@ -9,20 +9,21 @@ import torch
 import torch.distributed as dist
 
 
-def start() -> torch.device:
+def start(kind: str) -> torch.device:
     """The device of this process, after joining the process group that torchrun describes in the environment, if any.
 
-    Raises ValueError where a host runs more processes than it has CUDA devices.
+    kind: "cuda" or "cpu". Raises ValueError where a host has fewer CUDA devices than processes.
     """
     cards, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    if cards and local >= cards:
-        raise ValueError(f"--nproc-per-node: at most {cards}, one process for each CUDA device, got local rank {local}")
-    device = torch.device("cuda", local) if cards else torch.device("cpu")
-    if cards:
+    cuda = kind == "cuda"
+    if cuda and local >= cards:
+        raise ValueError(f"--device: cuda needs a device for each process, but local rank {local} finds {cards}")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:
         # gloo beside NCCL carries what lives on the host: objects, and the few numbers that ranks add up every step.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo", device_id=device if cards else None)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
     return device
 
 

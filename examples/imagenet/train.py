@@ -93,12 +93,12 @@ class Trainer:
         data: what to train and validate on.
         options: of the command line.
         recipe: what a checkpoint must have been written with to be continued (name -> value).
-        writer: TensorBoard's SummaryWriter, or None.
     """
 
-    def __init__(self, model: nn.Module, data: Data, device: torch.device, options, recipe: dict, writer=None) -> None:
+    def __init__(self, model: nn.Module, data: Data, device: torch.device, options, recipe: dict[str, Any]) -> None:
         self.model, self.data, self.device = model, data, device
-        self.options, self.recipe, self.writer = options, recipe, writer
+        self.options, self.recipe = options, recipe
+        self.writer = None  # TensorBoard's SummaryWriter, if scalars are wanted
         self.epoch = self.step = 0  # of this epoch; both count what is done
         self.best = -1.0  # top-1; any is better
         self.ddp = model if ranks.world() == 1 else DistributedDataParallel(model)
@@ -120,6 +120,7 @@ class Trainer:
             torch.tensor(values, device=device).mul(255).view(1, 3, 1, 1) for values in (MEAN, STD)
         )
         self._terminated = False
+        self._unreadable = 0  # images, of all ranks in this epoch
         self._saved = -1  # the optimizer step of the last checkpoint
 
     @property
@@ -222,9 +223,17 @@ class Trainer:
             self._captured = size, step
         return self._captured[1](images, labels)
 
-    def _complain(self, complaints: list[str]) -> None:
+    def _confer(self, complaints: list[str]) -> bool:
+        """Name and count unreadable images; whether any rank got SIGTERM. Raises DataError where they are too many."""
         for complaint in complaints:
             tqdm.write(f"skipped, unreadable: {complaint}", file=sys.stderr)
+        terminated, unreadable = ranks.total(self._terminated, len(complaints))
+        self._unreadable += int(unreadable)
+        if self._unreadable > self.options.max_unreadable:
+            raise DataError(
+                f"{self._unreadable} unreadable images in one epoch; --max-unreadable is {self.options.max_unreadable}"
+            )
+        return terminated > 0
 
     def _train_epoch(self) -> None:
         """The steps that are left of this epoch, with a checkpoint at every --checkpoint-every-th step."""
@@ -232,7 +241,7 @@ class Trainer:
         order.start(self.epoch, self.step, size_of_epoch(options.size, self.epoch, options.epochs))
         batches = iter(self.data.train)
         clock = _Clock(self.step, order.images_per_step)
-        unreadable = 0
+        self._unreadable = 0
         with tqdm(
             desc=f"epoch {self.epoch + 1}/{options.epochs}",
             total=order.steps * order.images_per_step,
@@ -251,13 +260,7 @@ class Trainer:
                     self.ema.update_parameters(self.model)
                 self.step += 1
                 bar.update(order.images_per_step)
-                self._complain(complaints)
-                terminated, lost = ranks.total(self._terminated, len(complaints))
-                unreadable += int(lost)
-                if unreadable > options.max_unreadable:
-                    raise DataError(
-                        f"{unreadable} unreadable images in one epoch; --max-unreadable is {options.max_unreadable}"
-                    )
+                terminated = self._confer(complaints)
                 save = terminated or self.steps_done % options.checkpoint_every == 0
                 if save or self.step == order.steps or self.steps_done % options.log_every == 0:
                     self._log(bar, self._mean_loss(loss), clock.images_per_s(self.step))
@@ -276,7 +279,7 @@ class Trainer:
         return mean
 
     def _log(self, bar: tqdm, loss: float, images_per_s: float) -> None:
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        lr = self.scheduler.base_lrs[0] * self.scheduler.lr_lambdas[0](self.steps_done - 1)  # of the step just done
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.4f}")
         if bar.disable and ranks.rank() == 0:
             print(
@@ -295,16 +298,19 @@ class Trainer:
         ranks.copy_from_first(list(model.buffers()))  # without SyncBatchNorm each rank has statistics of its own
         model.eval()
         self.accuracy.reset()
-        for images, labels, complaints in self.data.val:
-            self._complain(complaints)
+        complaints = []
+        for images, labels, lost in self.data.val:
+            complaints += lost
             if self._terminated:
-                raise Stopped  # the checkpoint of the epoch's end is written
+                break
             if len(labels):
                 images, labels = self._on_device(images, labels)
                 with self._autocast():
                     logits = model(images)
                 self.accuracy.update(logits.float(), labels)
         model.train()
+        if self._confer(complaints):
+            raise Stopped  # the checkpoint of the epoch's end is written
         return {name: value.item() for name, value in self.accuracy.compute().items()}
 
     def _finish_epoch(self) -> None:
@@ -316,7 +322,7 @@ class Trainer:
             return
         tqdm.write(
             f"epoch {self.epoch}/{self.options.epochs}: top-1 {accuracy['top1']:.2%}, top-5 {accuracy['top5']:.2%}, "
-            f"best top-1 {self.best:.2%}"
+            f"best top-1 {self.best:.2%}" + (f", {self._unreadable} images unreadable" if self._unreadable else "")
         )
         if self.writer is not None:
             for name, value in accuracy.items():
