@@ -214,6 +214,8 @@ struct BottleneckBlock {
                                          relu_affine(acc[first + 1], Memory::kScale2, Memory::kShift2, column + 1));
       }
     }
+#pragma unroll
+    for (uint32_t step = 0; step < kSteps; ++step) hopper::hold(a2[step]);
     // Results go where a1 was.
     hopper::sync_threads(1 + thread / 128, 128);
   }

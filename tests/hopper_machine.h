@@ -534,6 +534,7 @@ inline void wgmma_wait() {
 }
 template <int kValues>
 inline void hold(float (&)[kValues]) {}
+inline void hold(uint32_t (&)[4]) {}
 template <DataType type, int kValues>
 inline void wgmma(float (&d)[kValues], uint64_t a, uint64_t b) {
   machine::Thread& t = machine::self();

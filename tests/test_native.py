@@ -72,7 +72,7 @@ def test_no_kernel_spills_on_any_architecture(library):
     for (kernel, _), used in zip(kernels, registers):
         # 512 threads in a block of the finalize; three blocks of 256 on an SM for the memory-bound join; 384 threads of
         # the kernels for sm90, whose warpgroups then divide the registers among themselves.
-        assert used <= (128 if "finalize" in kernel else 168 if "sm90" in kernel else 80), kernel
+        assert used <= (128 if "finalize" in kernel else 168 if "sm90_kernel" in kernel else 80), kernel
 
 
 def _cuobjdump():
@@ -92,19 +92,19 @@ def test_kernels_for_sm90_use_its_instructions(library):
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = re.split(r"\n\s*Function : ", listing)[1:]
     names = [text.split("\n", 1)[0] for text in functions]
-    kinds = {"conv3x3_sm90": 14, "conv3x3_halo_sm90": 6, "conv3x3_wgrad_sm90": 6, "bottleneck_sm90": 2}
-    assert {kind: sum(kind in name for name in names) for kind in kinds} == kinds
+    kinds = {"conv3x3": 14, "conv3x3_halo": 6, "conv3x3_wgrad": 6, "bottleneck": 2}
+    assert {kind: sum(f"{kind}_sm90_kernel" in name for name in names) for kind in kinds} == kinds
     for name, text in zip(names, functions):
         assert not re.search(r"\b(LDL|STL)\b", text), name
-        if "sm90" not in name:
+        if "sm90_kernel" not in name:
             continue
         products = re.findall(r"HGMMA\.64x\d+x16\.F32(\.BF16)? .*?(gsb0)? ;", text)
         assert {dtype for dtype, _ in products} == {".BF16" if "DataTypeE2" in name else ""}, name
         # Only the last of four steps waits to be counted: the compiler has not put them one after another.
-        assert len(products) == 4 * sum(bool(wait) for _, wait in products) or "bottleneck" in name, name
-        halo = "halo" in name or "bottleneck" in name
+        assert len(products) == 4 * sum(bool(wait) for _, wait in products) or "bottleneck_sm90_kernel" in name, name
+        halo = "halo_sm90_kernel" in name or "bottleneck_sm90_kernel" in name
         copies = ["UTMALDG.4D ", "LDSM.16.M88.4"] if halo else ["UTMALDG.4D.IM2COL", "UTMALDG.2D"]
-        stores = [] if "wgrad" in name else ["UTMASTG"]
+        stores = [] if "wgrad_sm90_kernel" in name else ["UTMASTG"]
         for instruction in (*copies, *stores, "USETMAXREG"):
             assert instruction in text, f"{name}: no {instruction}"
 

@@ -178,11 +178,15 @@ template <int kPending>
 FUSED_RESNET_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// Keeps the compiler from moving uses of accumulators across a fence or a wait, of which it knows nothing.
+// Keeps the compiler from moving uses of accumulators or fragments across a fence or a wait, of which it knows nothing.
 template <int kValues>
 FUSED_RESNET_DEVICE void hold(float (&d)[kValues]) {
 #pragma unroll
   for (int i = 0; i < kValues; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+FUSED_RESNET_DEVICE void hold(uint32_t (&fragment)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(fragment[i])::"memory");
 }
 
 #define FUSED_RESNET_REGISTERS_32                                        \
