@@ -92,7 +92,7 @@ def test_kernels_for_sm90_use_its_instructions(library):
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = re.split(r"\n\s*Function : ", listing)[1:]
     names = [text.split("\n", 1)[0] for text in functions]
-    kinds = {"conv3x3": 14, "conv3x3_halo": 6, "conv3x3_wgrad": 6, "bottleneck": 2}
+    kinds = {"conv3x3": 14, "conv3x3_halo": 6, "conv3x3_wgrad": 6, "bottleneck": 4}
     assert {kind: sum(f"{kind}_sm90_kernel" in name for name in names) for kind in kinds} == kinds
     for name, text in zip(names, functions):
         assert not re.search(r"\b(LDL|STL)\b", text), name
@@ -100,8 +100,8 @@ def test_kernels_for_sm90_use_its_instructions(library):
             continue
         products = re.findall(r"HGMMA\.64x\d+x16\.F32(\.BF16)? .*?(gsb0)? ;", text)
         assert {dtype for dtype, _ in products} == {".BF16" if "DataTypeE2" in name else ""}, name
-        # Only the last of four steps waits to be counted: the compiler has not put them one after another.
-        assert len(products) == 4 * sum(bool(wait) for _, wait in products) or "bottleneck_sm90_kernel" in name, name
+        # Only the last of four or more steps is waited for: the compiler has not put them one after another.
+        assert 0 < 4 * sum(bool(wait) for _, wait in products) <= len(products), name
         halo = "halo_sm90_kernel" in name or "bottleneck_sm90_kernel" in name
         copies = ["UTMALDG.4D ", "LDSM.16.M88.4"] if halo else ["UTMALDG.4D.IM2COL", "UTMALDG.2D"]
         stores = [] if "wgrad_sm90_kernel" in name else ["UTMASTG"]
