@@ -403,6 +403,48 @@ def test_bottlenecks_run_in_one_kernel(emulated, monkeypatch, channels):
     testing.assert_within_budget(out, judge, peer)
 
 
+def _map(*shape, dtype=torch.bfloat16):
+    return torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+BAD_CALLS = [
+    ("stats", {"a": Deferred(_map(1, 64, 5, 5), torch.ones(5, 64))}, "a must be written out"),
+    ("stats", {"a": Deferred(torch.zeros(1, 64, 5, 5, dtype=torch.bfloat16))}, "x must be .* channels_last"),
+    ("stats", {"w": _map(64, 32, 3, 3)}, r"weight is \(64, 32, 3, 3\).*expected \[K, 64, 3, 3\]"),
+    ("stats", {"w": _map(64, 64, 3, 3, dtype=torch.float16)}, "float16; expected .* torch.bfloat16"),
+    ("stats", {"geometry": Geometry((2, 1), (1, 1))}, "expected stride 1 or 2, padding 1, dilation 1 and one group"),
+    ("stats", {"geometry": Geometry((1, 1), (1, 1), (2, 2))}, "dilation 1"),
+    ("dgrad", {"geometry": Geometry((2, 2), (1, 1))}, "expected stride 1, padding 1"),
+    ("dgrad", {"input_hw": (9, 9)}, r"input_hw is \(9, 9\); expected \(5, 5\)"),
+    ("dgrad", {"grad": Gradient(_map(1, 64, 5, 5), None, _map(1, 64, 5, 5), torch.ones(3, 64))}, "written out"),
+    ("dgrad", {"addend": Gradient(_map(1, 64, 3, 3)), "addend_stride": 2}, "an addend must .* lie on every pixel"),
+    ("dgrad", {"addend": Gradient(_map(1, 64, 4, 4))}, "addend is"),
+    (
+        "dgrad",
+        {"relu_of": Deferred(_map(1, 64, 5, 5), torch.ones(3, 64))},
+        r"relu_of.bn must be contiguous fp32 \[5, 64\]",
+    ),
+    ("wgrad", {"w_shape": (64, 64, 1, 1)}, r"w_shape is \(64, 64, 1, 1\); expected \[K, 64, 3, 3\]"),
+    ("wgrad", {"grad": Gradient(_map(1, 64, 4, 5))}, r"g is \(1, 64, 4, 5\).*expected \(1, 64, 5, 5\)"),
+]
+
+
+@pytest.mark.parametrize(("launch", "change", "said"), BAD_CALLS)
+def test_bad_input_is_named_before_a_kernel_runs(launch, change, said):
+    x, w, geometry = Deferred(_map(1, 64, 5, 5)), _map(64, 64, 3, 3), Geometry(padding=(1, 1))
+    good = {
+        "stats": {"a": x, "w": w, "geometry": geometry},
+        "dgrad": {
+            "grad": Gradient(_map(1, 64, 5, 5)), "w": w, "geometry": geometry, "input_hw": (5, 5), "relu_of": None,
+            "addend": None, "addend_stride": 1,
+        },
+        "wgrad": {"a": x, "grad": Gradient(_map(1, 64, 5, 5)), "w_shape": (64, 64, 3, 3), "geometry": geometry},
+    }[launch]  # fmt: skip
+    problem = _conv("conv_stats", 1, 5, 5, 64, 64, 1, torch.bfloat16, "stats")
+    with pytest.raises(ValueError, match=said):
+        getattr(native, f"launch_conv3x3_{launch}")(**(good | change), plan=cuda_plan(problem, H100, "test"))
+
+
 # On a GPU
 
 on_hopper = pytest.mark.skipif(
