@@ -147,13 +147,22 @@ struct BottleneckBlock {
   FUSED_RESNET_DEVICE uint32_t activation(uint32_t group) const {
     return base + Memory::kActivation + group * Memory::kActivationBytes;
   }
-  FUSED_RESNET_DEVICE float affine(float value, uint32_t scale, uint32_t shift, uint32_t channel) const {
-    return value * hopper::load_shared_float(base + scale + 4 * channel) +
-           hopper::load_shared_float(base + shift + 4 * channel);
-  }
-  FUSED_RESNET_DEVICE float relu_affine(float value, uint32_t scale, uint32_t shift, uint32_t channel) const {
-    value = affine(value, scale, shift, channel);
-    return value < 0.0f ? 0.0f : value;  // a NaN stays one, as in PyTorch
+
+  // Scale and shift of two neighbouring channels.
+  struct Affine {
+    float scale[2], shift[2];
+
+    FUSED_RESNET_DEVICE float operator()(float value, int j) const { return value * scale[j] + shift[j]; }
+    FUSED_RESNET_DEVICE float relu(float value, int j) const {
+      value = (*this)(value, j);
+      return value < 0.0f ? 0.0f : value;  // a NaN stays one, as in PyTorch
+    }
+  };
+  FUSED_RESNET_DEVICE Affine affine(uint32_t scale, uint32_t shift, uint32_t channel) const {
+    Affine pair;
+    hopper::load_shared_pair(pair.scale, base + scale + 4 * channel);
+    hopper::load_shared_pair(pair.shift, base + shift + 4 * channel);
+    return pair;
   }
 
   // a1 on the halo, to shared memory; the shortcut's input.
@@ -205,18 +214,18 @@ struct BottleneckBlock {
   FUSED_RESNET_DEVICE void store_activation(const float (&acc)[32], uint32_t first_row, uint32_t thread,
                                             const SquareTile& start) {
 #pragma unroll
-    for (uint32_t half = 0; half < 2; ++half) {
-      const uint32_t row = first_row + hopper::accumulator_row(thread, 2 * half);
-      if (row >= kHalo * kHalo) continue;
-      const int h = start.h - 1 + static_cast<int>(row / kHalo), w = start.w - 1 + static_cast<int>(row % kHalo);
-      const bool inside = h >= 0 && h < a.shape.height && w >= 0 && w < a.shape.width;
+    for (uint32_t eight = 0; eight < 8; ++eight) {
+      const uint32_t column = hopper::accumulator_column(thread, eight * 4);
+      const Affine bn = affine(Memory::kScale1, Memory::kShift1, column);
 #pragma unroll
-      for (uint32_t eight = 0; eight < 8; ++eight) {
-        const uint32_t i = eight * 4 + half * 2, column = hopper::accumulator_column(thread, i);
-        const float first = relu_affine(acc[i], Memory::kScale1, Memory::kShift1, column);
-        const float second = relu_affine(acc[i + 1], Memory::kScale1, Memory::kShift1, column + 1);
-        hopper::store_shared(activation(thread / 128) + hopper::tile_offset(row, column),
-                             inside ? hopper::pack<type>(first, second) : 0u);
+      for (uint32_t half = 0; half < 2; ++half) {
+        const uint32_t i = eight * 4 + half * 2, row = first_row + hopper::accumulator_row(thread, i);
+        const int h = start.h - 1 + static_cast<int>(row / kHalo), w = start.w - 1 + static_cast<int>(row % kHalo);
+        const bool inside = h >= 0 && h < a.shape.height && w >= 0 && w < a.shape.width;
+        const uint32_t word = inside ? hopper::pack<type>(bn.relu(acc[i], 0), bn.relu(acc[i + 1], 1)) : 0u;
+        if (row < kHalo * kHalo) {
+          hopper::store_shared(activation(thread / 128) + hopper::tile_offset(row, column), word);
+        }
       }
     }
   }
@@ -226,12 +235,12 @@ struct BottleneckBlock {
     float acc[32] = {};
     convolve_halo<type>(acc, activation(thread / 128), base + Memory::kW2, thread);
 #pragma unroll
-    for (uint32_t step = 0; step < kSteps; ++step) {
+    for (uint32_t eight = 0; eight < 8; ++eight) {
+      const Affine bn = affine(Memory::kScale2, Memory::kShift2, hopper::accumulator_column(thread, eight * 4));
 #pragma unroll
-      for (uint32_t i = 0; i < 4; ++i) {
-        const uint32_t first = step * 8 + i * 2, column = hopper::accumulator_column(thread, first);
-        a2[step][i] = hopper::pack<type>(relu_affine(acc[first], Memory::kScale2, Memory::kShift2, column),
-                                         relu_affine(acc[first + 1], Memory::kScale2, Memory::kShift2, column + 1));
+      for (uint32_t half = 0; half < 2; ++half) {
+        const uint32_t i = eight * 4 + half * 2;
+        a2[eight / 2][eight % 2 * 2 + half] = hopper::pack<type>(bn.relu(acc[i], 0), bn.relu(acc[i + 1], 1));
       }
     }
 #pragma unroll
@@ -270,20 +279,24 @@ struct BottleneckBlock {
       if constexpr (kProjection) hopper::hold(projected);
       const uint32_t buffer = activation(group) + slice % 2 * Memory::kBlock;
 #pragma unroll
-      for (uint32_t i = 0; i < 16; ++i) {
-        const uint32_t row = hopper::accumulator_row(thread, 2 * i), column = hopper::accumulator_column(thread, 2 * i);
-        float value[2], beside[2];
-        if constexpr (!kProjection) hopper::unpack<type>(shortcut[slice][i], beside[0], beside[1]);
+      for (uint32_t eight = 0; eight < 8; ++eight) {
+        const uint32_t column = hopper::accumulator_column(thread, eight * 4), channel = slice * kWidth + column;
+        const Affine bn = affine(Memory::kScale3, Memory::kShift3, channel);
+        Affine bn_shortcut{};
+        if constexpr (kProjection) bn_shortcut = affine(Memory::kScaleShortcut, Memory::kShiftShortcut, channel);
 #pragma unroll
-        for (uint32_t j = 0; j < 2; ++j) {
-          const uint32_t channel = slice * kWidth + column + j;
-          if constexpr (kProjection) {
-            beside[j] = affine(projected[2 * i + j], Memory::kScaleShortcut, Memory::kShiftShortcut, channel);
+        for (uint32_t half = 0; half < 2; ++half) {
+          const uint32_t i = eight * 4 + half * 2, row = hopper::accumulator_row(thread, i);
+          float value[2], beside[2];
+          if constexpr (!kProjection) hopper::unpack<type>(shortcut[slice][i / 2], beside[0], beside[1]);
+#pragma unroll
+          for (uint32_t j = 0; j < 2; ++j) {
+            if constexpr (kProjection) beside[j] = bn_shortcut(projected[i + j], j);
+            value[j] = bn(acc[i + j], j) + beside[j];
+            if (value[j] < 0.0f) value[j] = 0.0f;
           }
-          value[j] = affine(acc[2 * i + j], Memory::kScale3, Memory::kShift3, channel) + beside[j];
-          if (value[j] < 0.0f) value[j] = 0.0f;
+          hopper::store_shared(buffer + hopper::tile_offset(row, column), hopper::pack<type>(value[0], value[1]));
         }
-        hopper::store_shared(buffer + hopper::tile_offset(row, column), hopper::pack<type>(value[0], value[1]));
       }
       hopper::fence_async_proxy();
       hopper::sync_threads(1 + group, 128);

@@ -399,6 +399,10 @@ inline float load_shared_float(uint32_t address) {
   std::memcpy(&value, &word, 4);
   return value;
 }
+inline void load_shared_pair(float (&pair)[2], uint32_t address) {
+  machine::require(address % 8 == 0, "pair not aligned");
+  for (uint32_t i = 0; i < 2; ++i) pair[i] = load_shared_float(address + 4 * i);
+}
 inline void load_fragment(uint32_t (&a)[4], uint32_t address) {
   machine::self().posted = &address;
   machine::meet_warp();

@@ -49,6 +49,9 @@ FUSED_RESNET_DEVICE void store_shared_float(uint32_t address, float value) {
   store_shared(address, __float_as_uint(value));
 }
 FUSED_RESNET_DEVICE float load_shared_float(uint32_t address) { return __uint_as_float(load_shared(address)); }
+FUSED_RESNET_DEVICE void load_shared_pair(float (&pair)[2], uint32_t address) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair[0]), "=f"(pair[1]) : "r"(address) : "memory");
+}
 
 // Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
 FUSED_RESNET_DEVICE void load_fragment(uint32_t (&a)[4], uint32_t address) {
