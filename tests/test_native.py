@@ -116,6 +116,7 @@ def test_loads_without_a_gpu_and_refuses_cpu_tensors(library):
 import torch
 torch.ops.load_library({str(library[0])!r})
 op = torch.ops.fused_resnet_cuda
+image, vectors = torch.ones(1, 64, 4, 4), torch.ones(5, 64)
 assert str(op.bn_join.default._schema).startswith("fused_resnet_cuda::bn_join(Tensor c, Tensor bn, Tensor shortcut")
 for call, words in (
     (lambda: op.bn_finalize(torch.ones(4, 3, 8), None, None, None, None, None, .1, 1e-5, torch.ones(5, 8)),
@@ -124,6 +125,17 @@ for call, words in (
      ["partials: expected [T, 3, C], got [4, 2, 8]"]),
     (lambda: op.bn_join(torch.ones(2, 8, 3, 3), *[torch.ones(5, 8)] * 2, None, *[torch.ones(1)] * 2),
      ["c: expected a CUDA tensor"]),
+    (lambda: op.bn_frozen(*[torch.ones(8)] * 2, None, None, 1e-5, torch.ones(5, 8)),
+     ["running_mean: expected a CUDA tensor"]),
+    (lambda: op.conv3x3_stats_sm90(image, torch.ones(64, 3, 3, 64), 1, image, torch.ones(64, 3, 64)),
+     ["x: expected a CUDA tensor"]),
+    (lambda: op.conv3x3_affine_sm90(image, torch.ones(64, 3, 3, 64), None, None, None, True, 1, image),
+     ["x: expected a CUDA tensor"]),
+    (lambda: op.conv3x3_relu_grad_sm90(image, torch.ones(64, 3, 3, 64), image, vectors, image, torch.ones(64, 2, 64)),
+     ["x: expected a CUDA tensor"]),
+    (lambda: op.conv3x3_wgrad_sm90(image, image, 1, *[torch.ones(1, 64, 3, 3, 64)] * 2),
+     ["x: expected a CUDA tensor"]),
+    (lambda: op.bottleneck_affine_sm90(image, *[vectors] * 6, None, None, image), ["x: expected a CUDA tensor"]),
 ):
     try:
         call()
