@@ -283,31 +283,41 @@ void conv3x3_wgrad_sm90(Tensor x, Tensor g, int64_t stride, Tensor parts, Tensor
   check_launch("conv3x3_wgrad_sm90");
 }
 
-void bottleneck_affine_sm90(Tensor x, Tensor w1, Tensor bn1, Tensor w2, Tensor bn2, Tensor w3, Tensor bn3, Tensor out) {
+void bottleneck_affine_sm90(Tensor x, Tensor w1, Tensor bn1, Tensor w2, Tensor bn2, Tensor w3, Tensor bn3,
+                            std::optional<Tensor> w_shortcut, std::optional<Tensor> bn_shortcut, Tensor out) {
   constexpr int64_t kWidth = fused_resnet::kWidth, kWide = fused_resnet::kWide;
   const DataType dtype = check_sm90("x", x);
-  check_rows("x", x, {x.size(0), kWide, x.size(2), x.size(3)}, x);
-  check_weight("w1", w1, {kWidth, kWide}, x);
+  const int64_t channels = fused_resnet::bottleneck_channels(w_shortcut.has_value());
+  check_rows("x", x, {x.size(0), channels, x.size(2), x.size(3)}, x);
+  check_weight("w1", w1, {kWidth, channels}, x);
   check_weight("w2", w2, {kWidth, 3, 3, kWidth}, x);
   check_weight("w3", w3, {kWide, kWidth}, x);
   check_vector("bn1", bn1, ScalarType::Float, {5, kWidth}, x);
   check_vector("bn2", bn2, ScalarType::Float, {5, kWidth}, x);
   check_vector("bn3", bn3, ScalarType::Float, {5, kWide}, x);
-  check_rows("out", out, x);
+  STD_TORCH_CHECK(w_shortcut.has_value() == bn_shortcut.has_value(), "bn_shortcut: expected with w_shortcut");
+  if (w_shortcut.has_value()) {
+    check_weight("w_shortcut", *w_shortcut, {kWide, kWidth}, x);
+    check_vector("bn_shortcut", *bn_shortcut, ScalarType::Float, {5, kWide}, x);
+  }
+  check_rows("out", out, {x.size(0), kWide, x.size(2), x.size(3)}, x);
   const auto size = [&x](int i) { return static_cast<int>(x.size(i)); };
   const auto vector = [](const Tensor& t) { return static_cast<const float*>(t.data_ptr()); };
+  fused_resnet::BottleneckLaunch launch{};
+  launch.shape = {size(0), size(2), size(3)};
+  launch.dtype = dtype;
+  launch.x = x.data_ptr();
+  launch.w1 = w1.data_ptr();
+  launch.w2 = w2.data_ptr();
+  launch.w3 = w3.data_ptr();
+  launch.w_shortcut = w_shortcut.has_value() ? w_shortcut->data_ptr() : nullptr;
+  launch.bn1 = vector(bn1);
+  launch.bn2 = vector(bn2);
+  launch.bn3 = vector(bn3);
+  launch.bn_shortcut = data<float>(bn_shortcut);
+  launch.out = out.data_ptr();
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  fused_resnet::launch_bottleneck_sm90({{size(0), size(2), size(3)},
-                                        dtype,
-                                        x.data_ptr(),
-                                        w1.data_ptr(),
-                                        w2.data_ptr(),
-                                        w3.data_ptr(),
-                                        vector(bn1),
-                                        vector(bn2),
-                                        vector(bn3),
-                                        out.data_ptr()},
-                                       stream_of(x));
+  fused_resnet::launch_bottleneck_sm90(launch, stream_of(x));
   check_launch("bottleneck_affine_sm90");
 }
 
@@ -331,7 +341,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
   m.def("conv3x3_wgrad_sm90(Tensor x, Tensor g, int stride, Tensor(a!) parts, Tensor(b!) dw) -> ()");
   m.def(
       "bottleneck_affine_sm90(Tensor x, Tensor w1, Tensor bn1, Tensor w2, Tensor bn2, Tensor w3, Tensor bn3, "
-      "Tensor(a!) out) -> ()");
+      "Tensor? w_shortcut, Tensor? bn_shortcut, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CompositeExplicitAutograd, m) {

@@ -9,13 +9,14 @@ namespace fused_resnet {
 
 struct BottleneckLaunch {
   SquareTiles shape;
-  DataType dtype;                // float16 or bfloat16
-  const void* x;                 // [images, height, width, 256]
-  const void* w1;                // [64, 256]
-  const void* w2;                // [64, 3, 3, 64]
-  const void* w3;                // [256, 64]
-  const float *bn1, *bn2, *bn3;  // [5, channels]
-  void* out;                     // like x
+  DataType dtype;                              // float16 or bfloat16
+  const void* x;                               // [images, height, width, 256], or 64 with a projection
+  const void* w1;                              // [64, 256 or 64]
+  const void* w2;                              // [64, 3, 3, 64]
+  const void* w3;                              // [256, 64]
+  const void* w_shortcut;                      // [256, 64], or null: the shortcut is x
+  const float *bn1, *bn2, *bn3, *bn_shortcut;  // [5, channels]
+  void* out;                                   // [images, height, width, 256]
 };
 
 // Throws std::runtime_error where a tensor map cannot be made.

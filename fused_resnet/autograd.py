@@ -388,15 +388,20 @@ class _Stem(torch.autograd.Function):
 # Where no gradient is needed, and where the library is as fast
 
 
-def _plain_bottleneck(units: Sequence[ConvBN], options: Options) -> bool:
-    """An identity bottleneck: 1x1, a convolution that keeps the channels, 1x1, all at one resolution."""
-    if len(units) != 3 or not (options.identity and options.relu):
+def _plain_bottleneck(
+    residual: Tensor | None, units: Sequence[ConvBN], shortcut: ConvBN | None, options: Options
+) -> bool:
+    """A bottleneck at one resolution: 1x1, a convolution that keeps the channels, 1x1 to four times as many, and x or a
+    1x1 of it beside them."""
+    if len(units) != 3 or residual is not None or not options.relu or not (options.identity or shortcut is not None):
         return False
     first, middle, last = units
+    width = middle.w.shape[1]
+    dense = (first, last) if shortcut is None else (first, last, shortcut)
     return (
-        _dense(first.w, first.geometry)
-        and _dense(last.w, last.geometry)
-        and middle.w.shape[0] == middle.w.shape[1] == first.w.shape[0]
+        all(_dense(unit.w, unit.geometry) for unit in dense)
+        and (first.w.shape[0], middle.w.shape[0], last.w.shape[0]) == (width, width, 4 * width)
+        and tuple(middle.geometry.stride) == (1, 1)
     )
 
 
@@ -404,11 +409,13 @@ def _chain_inference(
     x: Tensor, residual: Tensor | None, units: Sequence[ConvBN], shortcut: ConvBN | None, options: Options
 ) -> Tensor:
     """`chain_forward` for running statistics without gradients, nothing saved: one operator per convolution, or one
-    for a whole identity bottleneck where there is such a kernel."""
-    if _plain_bottleneck(units, options) and ops.fuses_bottleneck(options.impl, x, units[1].w, units[1].geometry):
-        weights = [unit.w.to(x.dtype) for unit in units]
-        frozen = map(list, zip(*((u.running_mean, u.running_var, u.gamma, u.beta, u.eps) for u in units)))
-        return _op.bottleneck_affine(x, weights, *frozen, *units[1].geometry, options.impl)
+    for a whole bottleneck where there is such a kernel."""
+    if _plain_bottleneck(residual, units, shortcut, options):
+        everyone, geometry = [*units, *([shortcut] if shortcut is not None else [])], units[1].geometry
+        if ops.fuses_bottleneck(options.impl, x, [unit.w for unit in everyone], geometry):
+            weights = [unit.w.to(x.dtype) for unit in everyone]
+            frozen = map(list, zip(*((u.running_mean, u.running_var, u.gamma, u.beta, u.eps) for u in everyone)))
+            return _op.bottleneck_affine(x, weights, *frozen, *geometry, options.impl)
 
     def conv(unit: ConvBN, a: Tensor, side: Tensor | None, relu: bool) -> Tensor:
         frozen = unit.running_mean, unit.running_var, unit.gamma, unit.beta, unit.eps

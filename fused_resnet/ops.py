@@ -142,12 +142,17 @@ def part_of_stage(impl: str, x: Tensor, convolutions: list[tuple[Tensor, Geometr
     return int(chosen.backend)
 
 
-def fuses_bottleneck(impl: str, x: Tensor, w2: Tensor, geometry: Geometry) -> bool:
-    """Whether one kernel runs an identity bottleneck around the 3x3 weight `w2`: asked for by name, or measured.
+def _bottleneck_details(weights: list[Tensor], geometry: Geometry) -> tuple:
+    return geometry, weights[1].shape, False, "identity" if len(weights) == 3 else "projection"
+
+
+def fuses_bottleneck(impl: str, x: Tensor, weights: list[Tensor], geometry: Geometry) -> bool:
+    """Whether one kernel runs a bottleneck of these three weights, and a fourth one in the shortcut: asked for by name,
+    or measured. `geometry` is that of the second one.
 
     Where it cannot, the caller has an operator for each convolution, which says why if it cannot run either.
     """
-    problem = _problem("bottleneck_affine", x, geometry, w2.shape)
+    problem = _problem("bottleneck_affine", x, *_bottleneck_details(weights, geometry))
     device = device_of(x, impl) if _recorder is None else _record_device
     if device is not None and planning.cuda_unsupported(problem, device):
         return False
@@ -231,7 +236,7 @@ def _(select, x, w, mean, var, gamma, beta, eps, residual, relu, stride, padding
 )
 def _(select, x, w, mean, var, gamma, beta, eps, stride, padding, dilation, groups, impl):
     geometry = Geometry(stride, padding, dilation, groups)
-    run = select("bottleneck_affine", impl, x, geometry, w[1].shape)
+    run = select("bottleneck_affine", impl, x, *_bottleneck_details(w, geometry))
     return run(x, tuple(w), tuple(map(Frozen, mean, var, gamma, beta, eps)), geometry)
 
 

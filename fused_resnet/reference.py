@@ -239,16 +239,18 @@ def conv_affine(x: Tensor, w: Tensor, bn: Frozen, residual: Tensor | None, relu:
 
 
 def bottleneck_affine(x: Tensor, weights: Sequence[Tensor], bns: Sequence[Frozen], geometry: Geometry) -> Tensor:
-    """A whole identity bottleneck for inference: out = relu(bn3(a2 W3) + x), like x.
+    """A whole bottleneck at one resolution for inference: out = relu(bn3(a2 W3) + s), [N, 4K, H, W].
 
-        a1 = relu(bn1(x W1))        a2 = relu(bn2(conv(a1, W2)))
+        a1 = relu(bn1(x W1))        a2 = relu(bn2(conv(a1, W2)))        s = x, or bn4(x W4) of a fourth weight
 
-    x [N, 4C, H, W], weights W1 [C, 4C, 1, 1], W2 [C, C, 3, 3] with `geometry`, which keeps H and W, W3 [4C, C, 1, 1];
-    a1 and a2 are rounded to the dtype of x. Zero padding applies to a1, after its BatchNorm and ReLU.
+    x [N, C, H, W], weights W1 [K, C, 1, 1], W2 [K, K, 3, 3] with `geometry`, which keeps H and W, W3 [4K, K, 1, 1],
+    W4 [4K, C, 1, 1] or none where C = 4K; a1 and a2 are rounded to the dtype of x, and s may be. Zero padding applies
+    to a1, after its BatchNorm and ReLU.
     """
+    s = conv_affine(x, weights[3], bns[3], None, False, Geometry()) if len(weights) > 3 else x
     a1 = conv_affine(x, weights[0], bns[0], None, True, Geometry())
     a2 = conv_affine(a1, weights[1], bns[1], None, True, geometry)
-    return conv_affine(a2, weights[2], bns[2], x, True, Geometry())
+    return conv_affine(a2, weights[2], bns[2], s, True, Geometry())
 
 
 def bn_act(a: Deferred, relu: bool) -> Tensor:

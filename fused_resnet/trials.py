@@ -141,9 +141,11 @@ class _Samples:
 
     def bottleneck_affine(self):
         c, k = self.p.c, self.p.k
-        frozen = tuple(random_frozen(channels, self.generator, self.device) for channels in (k, k, c))
-        middle = self._weight(k, k // self.p.groups, self.p.r, self.p.s)
-        return self._map(self.input), (self._weight(k, c), middle, self._weight(c, k)), frozen, self.geometry
+        weights = [self._weight(k, c), self._weight(k, k // self.p.groups, self.p.r, self.p.s), self._weight(4 * k, k)]
+        if self.p.epilogue == "projection":
+            weights.append(self._weight(4 * k, c))
+        frozen = tuple(random_frozen(w.shape[0], self.generator, self.device) for w in weights)
+        return self._map(self.input), tuple(weights), frozen, self.geometry
 
     def conv1x1_join(self):
         a, w, bn = (

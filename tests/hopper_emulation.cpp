@@ -60,12 +60,13 @@ int guarded(char* error, Body body) {
   }
 }
 
-template <DataType type>
-void run_bottleneck(const BottleneckArguments& a, const hopper::TensorMap (&maps)[5], int sms, int seed) {
+template <DataType type, bool kProjection>
+void run_bottleneck(const BottleneckArguments& a, const hopper::TensorMap (&maps)[6], int sms, int seed) {
   const int wanted = (a.shape.count() + 1) / 2, grid = wanted < sms ? wanted : sms;
   for (int block = 0; block < grid; ++block) {
-    hopper::machine::run_block(block, grid, BottleneckBlock<type>::kThreads, seed,
-                               [&] { BottleneckBlock<type>(a, maps[0], maps[1], maps[2], maps[3], maps[4]).run(); });
+    using Block = BottleneckBlock<type, kProjection>;
+    hopper::machine::run_block(block, grid, Block::kThreads, seed,
+                               [&] { Block(a, maps[0], maps[1], maps[2], maps[3], maps[4], maps[5]).run(); });
   }
 }
 
@@ -132,8 +133,8 @@ const char* conv3x3_fault(const int* shape, int block_n) {
   }
   return nullptr;
 }
-const char* bottleneck_fault(const int* shape) {
-  const BottleneckMaps maps = bottleneck_maps({shape[0], shape[1], shape[2]}, true);
+const char* bottleneck_fault(const int* shape, int projection) {
+  const BottleneckMaps maps = bottleneck_maps({shape[0], shape[1], shape[2]}, true, projection);
   for (const auto& map : {maps.x, maps.w1, maps.w2, maps.w3, maps.out}) {
     if (const char* reason = hopper::fault(map)) return reason;
   }
@@ -204,20 +205,23 @@ int conv3x3_wgrad(const int* shape, int bfloat16, void* x, void* g, float* dw, i
 }
 
 // Runs the kernel as launch_bottleneck_sm90 would.
-int bottleneck(const int* shape, int bfloat16, void* x, void* w1, void* w2, void* w3, const float* bn1,
-               const float* bn2, const float* bn3, void* out, int sms, int seed, char* error) {
+int bottleneck(const int* shape, int bfloat16, void* x, void* w1, void* w2, void* w3, void* w_shortcut,
+               const float* bn1, const float* bn2, const float* bn3, const float* bn_shortcut, void* out, int sms,
+               int seed, char* error) {
   return guarded(error, [&] {
     const SquareTiles s{shape[0], shape[1], shape[2]};
-    const BottleneckMaps specs = bottleneck_maps(s, bfloat16);
+    const bool projection = w_shortcut != nullptr;
+    const BottleneckMaps specs = bottleneck_maps(s, bfloat16, projection);
     const auto bytes = [](void* p) { return static_cast<uint8_t*>(p); };
-    const hopper::TensorMap maps[5] = {{specs.x, bytes(x)},
-                                       {specs.w1, bytes(w1)},
-                                       {specs.w2, bytes(w2)},
-                                       {specs.w3, bytes(w3)},
-                                       {specs.out, bytes(out)}};
-    const BottleneckArguments a{s, bn1, bn2, bn3};
-    bfloat16 ? run_bottleneck<DataType::kBFloat16>(a, maps, sms, seed)
-             : run_bottleneck<DataType::kFloat16>(a, maps, sms, seed);
+    const hopper::TensorMap maps[6] = {{specs.x, bytes(x)},   {specs.w1, bytes(w1)},         {specs.w2, bytes(w2)},
+                                       {specs.w3, bytes(w3)}, {specs.w3, bytes(w_shortcut)}, {specs.out, bytes(out)}};
+    const BottleneckArguments a{s, bn1, bn2, bn3, bn_shortcut};
+    constexpr auto kBf = DataType::kBFloat16, kHalf = DataType::kFloat16;
+    if (projection) {
+      bfloat16 ? run_bottleneck<kBf, true>(a, maps, sms, seed) : run_bottleneck<kHalf, true>(a, maps, sms, seed);
+    } else {
+      bfloat16 ? run_bottleneck<kBf, false>(a, maps, sms, seed) : run_bottleneck<kHalf, false>(a, maps, sms, seed);
+    }
   });
 }
 

@@ -399,6 +399,10 @@ inline float load_shared_float(uint32_t address) {
   std::memcpy(&value, &word, 4);
   return value;
 }
+inline void load_shared_pair(float (&pair)[2], uint32_t address) {
+  machine::require(address % 8 == 0, "pair not aligned");
+  for (uint32_t i = 0; i < 2; ++i) pair[i] = load_shared_float(address + 4 * i);
+}
 inline void load_fragment(uint32_t (&a)[4], uint32_t address) {
   machine::self().posted = &address;
   machine::meet_warp();
@@ -534,6 +538,7 @@ inline void wgmma_wait() {
 }
 template <int kValues>
 inline void hold(float (&)[kValues]) {}
+inline void hold(uint32_t (&)[4]) {}
 template <DataType type, int kValues>
 inline void wgmma(float (&d)[kValues], uint64_t a, uint64_t b) {
   machine::Thread& t = machine::self();

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fused_resnet
 from fused_resnet import reference
 
-# The samples of test_ops: 2 images of 5 x 7 pixels, 35 channels to 24 (a whole bottleneck: 36 and 9); in their order.
+# The samples of test_ops, in their order: 2 images of 5 x 7 pixels, 35 channels to 24; whole bottlenecks: 36 or 35, 9.
 _PIXELS, _STRIDED, _PRODUCT = 2 * 5 * 7, 2 * 3 * 4, 35 * 24
 _CONVOLUTIONS = [_PIXELS * _PRODUCT, _STRIDED * _PRODUCT, 9 * _PIXELS * _PRODUCT, 9 * _STRIDED * _PRODUCT]
 MULTIPLY_ADDS = {
@@ -18,7 +18,7 @@ MULTIPLY_ADDS = {
     "conv_affine": _CONVOLUTIONS,
     "conv_wgrad": _CONVOLUTIONS,
     "conv_dgrad": [_PIXELS * _PRODUCT, 9 * _PIXELS * _PRODUCT, 9 * _PIXELS * _PRODUCT],
-    "bottleneck_affine": [_PIXELS * (36 * 9 + 9 * 9 * 9 + 9 * 36)],
+    "bottleneck_affine": [_PIXELS * 9 * (36 + 9 * 9 + 36), _PIXELS * (9 * (35 + 9 * 9 + 36) + 35 * 36)],
     "conv1x1_join": [_PIXELS * 35 * 24, _PIXELS * (35 + 9) * 24],
     "moments": [_PIXELS * 35 * 35],
     "cross_moments": [_PIXELS * _PRODUCT],

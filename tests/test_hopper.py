@@ -11,7 +11,6 @@ python -m pytest -q -m gpu tests/test_hopper.py
 import ctypes
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +187,7 @@ def test_bottleneck_tiles_cover_every_pixel_once(machine, shape):
     for image, row, column in np.array(out).reshape(-1, 3):
         covered[image, row : row + 8, column : column + 8] += 1
     assert (covered[:, :h, :w] == 1).all()
-    assert machine.bottleneck_fault(_ints(*shape)) is None
+    assert all(machine.bottleneck_fault(_ints(*shape), projection) is None for projection in (0, 1))
     # Output pixel (y, x) reads halo pixel (y + r, x + s), the halo's first one being one above and left of the tile.
     for row in range(64):
         for tap in range(9):
@@ -235,9 +234,9 @@ class _EmulatedLibrary:
         _call(self.machine.conv3x3_wgrad, shape, int(x.dtype == torch.bfloat16), *tensors, parts.shape[0], self.seed)
         dw.copy_(parts.sum(0))
 
-    def bottleneck_affine_sm90(self, x, w1, bn1, w2, bn2, w3, bn3, out):
+    def bottleneck_affine_sm90(self, x, w1, bn1, w2, bn2, w3, bn3, w_shortcut, bn_shortcut, out):
         n, _, h, w = x.shape
-        tensors = map(_pointer, (x, w1, w2, w3, bn1, bn2, bn3, out))
+        tensors = map(_pointer, (x, w1, w2, w3, w_shortcut, bn1, bn2, bn3, bn_shortcut, out))
         _call(
             self.machine.bottleneck, _ints(n, h, w), int(x.dtype == torch.bfloat16), *tensors, self.sms, self.seed
         )  # fmt: skip
@@ -331,7 +330,8 @@ def test_partial_sums_do_not_depend_on_the_grid(emulated, op, epilogue, filters)
     problem = _conv(op, 2, 12, 12, 64, filters, 1, torch.bfloat16, epilogue)
     arguments = testing.operator_arguments(problem, torch.Generator().manual_seed(0), "cpu")
     results = []
-    for options in ({"sms": 1}, {"sms": 3, "seed": 5}, {"sms": 2, "seed": 9, "block_n": filters // 128 * 64}):
+    odd = [{"sms": 1 + seed % 2, "seed": seed} for seed in range(1, 12, 2)] if filters == 64 else []
+    for options in ({"sms": 1}, {"sms": 3, "seed": 5}, {"sms": 2, "seed": 9, "block_n": filters // 128 * 64}, *odd):
         emulated(**options)
         results.append(_launch(problem)(*arguments))
     for other in results[1:]:
@@ -355,11 +355,12 @@ def test_statistics_of_a_channel_far_from_zero(emulated):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["identity", "projection"])
 @pytest.mark.parametrize(("n", "h", "w"), [(1, 8, 8), (2, 9, 13), (1, 1, 1), (1, 17, 25), (3, 7, 7)])
-def test_bottleneck_on_the_emulated_machine(emulated, poison, n, h, w, dtype):
+def test_bottleneck_on_the_emulated_machine(emulated, poison, n, h, w, dtype, kind):
     """Several tiles for each warpgroup, tiles beyond the border, borders on their own."""
     emulated(sms=1, seed=n + h)
-    problem = replace(_conv("bottleneck_affine", n, h, w, 256, 64, 1, dtype, ""))
+    problem = _conv("bottleneck_affine", n, h, w, 256 if kind == "identity" else 64, 64, 1, dtype, kind)
     testing.check_operator(problem, _launch(problem), torch.Generator().manual_seed(h), "cpu")
 
 
@@ -370,23 +371,26 @@ def test_bottleneck_pads_after_batchnorm_and_relu(emulated):
     # mean 0, var 1, gamma 1 and beta 1: scale and shift of one.
     vectors = [[torch.full((channels,), value) for value in (0.0, 1.0, 1.0, 1.0)] for channels in (64, 64, 256)]
     arguments = x, ones, [reference.Frozen(*four, 0.0) for four in vectors], Geometry(padding=(1, 1))
-    problem = _conv("bottleneck_affine", 1, 9, 9, 256, 64, 1, torch.float16, "")
+    problem = _conv("bottleneck_affine", 1, 9, 9, 256, 64, 1, torch.float16, "identity")
     out = _launch(problem)(*arguments)
     # A corner sees 4 of 9 taps, an edge 6: 64 * 64 * taps + 64 + 1.
     assert out[0, 0, 0, 0] == 64 * (64 * 4 + 1) + 1 and out[0, 5, 0, 4] == torch.tensor(64 * (64 * 6 + 1) + 1.0).half()
     assert torch.equal(out, reference.bottleneck_affine(*arguments))
 
 
-def test_identity_bottlenecks_run_in_one_kernel(emulated, monkeypatch):
-    """Under "cuda" an identity bottleneck of width 64 in eval is that one operator; any other says why not."""
+@pytest.mark.parametrize("channels", [256, 64])
+def test_bottlenecks_run_in_one_kernel(emulated, monkeypatch, channels):
+    """Under "cuda" a bottleneck of width 64 in eval is one operator; its shortcut is the input or a 1x1 of it."""
     monkeypatch.setattr(ops, "device_of", lambda x, impl: H100)
     torch.manual_seed(0)
-    block = FusedBottleneck(256, 64).eval().to(torch.bfloat16).to(memory_format=torch.channels_last)
-    for i in (1, 2, 3):
-        bn = getattr(block, f"bn{i}").float()
-        torch.nn.init.uniform_(bn.running_mean, -1, 1)
+    down = None
+    if channels == 64:
+        down = torch.nn.Sequential(torch.nn.Conv2d(64, 256, 1, bias=False), torch.nn.BatchNorm2d(256))
+    block = FusedBottleneck(channels, 64, 1, down).eval().to(torch.bfloat16).to(memory_format=torch.channels_last)
+    for bn in (module for module in block.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(bn.float().running_mean, -1, 1)
         torch.nn.init.uniform_(bn.running_var, 0.5, 2)
-    x = torch.randn(2, 256, 7, 9).to(torch.bfloat16, memory_format=torch.channels_last)
+    x = torch.randn(2, channels, 7, 9).to(torch.bfloat16, memory_format=torch.channels_last)
     launched = []
     launch = native.launch_bottleneck_affine
     monkeypatch.setattr(native, "launch_bottleneck_affine", lambda *a, **k: launched.append(1) or launch(*a, **k))
@@ -397,6 +401,48 @@ def test_identity_bottlenecks_run_in_one_kernel(emulated, monkeypatch):
         judge = block.double()(x.double())
     assert launched == [1]
     testing.assert_within_budget(out, judge, peer)
+
+
+def _map(*shape, dtype=torch.bfloat16):
+    return torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+BAD_CALLS = [
+    ("stats", {"a": Deferred(_map(1, 64, 5, 5), torch.ones(5, 64))}, "a must be written out"),
+    ("stats", {"a": Deferred(torch.zeros(1, 64, 5, 5, dtype=torch.bfloat16))}, "x must be .* channels_last"),
+    ("stats", {"w": _map(64, 32, 3, 3)}, r"weight is \(64, 32, 3, 3\).*expected \[K, 64, 3, 3\]"),
+    ("stats", {"w": _map(64, 64, 3, 3, dtype=torch.float16)}, "float16; expected .* torch.bfloat16"),
+    ("stats", {"geometry": Geometry((2, 1), (1, 1))}, "expected stride 1 or 2, padding 1, dilation 1 and one group"),
+    ("stats", {"geometry": Geometry((1, 1), (1, 1), (2, 2))}, "dilation 1"),
+    ("dgrad", {"geometry": Geometry((2, 2), (1, 1))}, "expected stride 1, padding 1"),
+    ("dgrad", {"input_hw": (9, 9)}, r"input_hw is \(9, 9\); expected \(5, 5\)"),
+    ("dgrad", {"grad": Gradient(_map(1, 64, 5, 5), None, _map(1, 64, 5, 5), torch.ones(3, 64))}, "written out"),
+    ("dgrad", {"addend": Gradient(_map(1, 64, 3, 3)), "addend_stride": 2}, "an addend must .* lie on every pixel"),
+    ("dgrad", {"addend": Gradient(_map(1, 64, 4, 4))}, "addend is"),
+    (
+        "dgrad",
+        {"relu_of": Deferred(_map(1, 64, 5, 5), torch.ones(3, 64))},
+        r"relu_of.bn must be contiguous fp32 \[5, 64\]",
+    ),
+    ("wgrad", {"w_shape": (64, 64, 1, 1)}, r"w_shape is \(64, 64, 1, 1\); expected \[K, 64, 3, 3\]"),
+    ("wgrad", {"grad": Gradient(_map(1, 64, 4, 5))}, r"g is \(1, 64, 4, 5\).*expected \(1, 64, 5, 5\)"),
+]
+
+
+@pytest.mark.parametrize(("launch", "change", "said"), BAD_CALLS)
+def test_bad_input_is_named_before_a_kernel_runs(launch, change, said):
+    x, w, geometry = Deferred(_map(1, 64, 5, 5)), _map(64, 64, 3, 3), Geometry(padding=(1, 1))
+    good = {
+        "stats": {"a": x, "w": w, "geometry": geometry},
+        "dgrad": {
+            "grad": Gradient(_map(1, 64, 5, 5)), "w": w, "geometry": geometry, "input_hw": (5, 5), "relu_of": None,
+            "addend": None, "addend_stride": 1,
+        },
+        "wgrad": {"a": x, "grad": Gradient(_map(1, 64, 5, 5)), "w_shape": (64, 64, 3, 3), "geometry": geometry},
+    }[launch]  # fmt: skip
+    problem = _conv("conv_stats", 1, 5, 5, 64, 64, 1, torch.bfloat16, "stats")
+    with pytest.raises(ValueError, match=said):
+        getattr(native, f"launch_conv3x3_{launch}")(**(good | change), plan=cuda_plan(problem, H100, "test"))
 
 
 # On a GPU
@@ -424,7 +470,8 @@ DEVICE_PROBLEMS = [
         for n, h, w, stride in MAPS
     ),
     *(
-        _conv("bottleneck_affine", *shape, 256, 64, 1, dtype, "")
+        _conv("bottleneck_affine", *shape, channels, 64, 1, dtype, kind)
+        for channels, kind in ((256, "identity"), (64, "projection"))
         for dtype in DTYPES
         for shape in ((1, 1, 1), (2, 9, 13), (3, 7, 7), (1, 8, 8), (4, 56, 56))
     ),

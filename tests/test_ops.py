@@ -41,12 +41,11 @@ def _samples():
         yield "conv_stats", _flat(_conv("conv_stats", r, stride, prologue=prologue))
         yield "conv_affine", _flat(_conv("conv_affine", r, stride, epilogue="affine+residual"))
         yield "conv_wgrad", _flat(_conv("conv_wgrad", r, stride, prologue=prologue))
-    problem = _conv("bottleneck_affine", 3, c=36, k=9)
-    x, weights, bns, geometry = testing.operator_arguments(problem, torch.Generator().manual_seed(0), "cpu")
-    yield (
-        "bottleneck_affine",
-        [x, list(weights), *map(list, zip(*bns)), *map(list, geometry[:3]), geometry.groups],
-    )
+    for c, kind in ((36, "identity"), (35, "projection")):
+        problem = _conv("bottleneck_affine", 3, c=c, k=9, epilogue=kind)
+        x, weights, bns, geometry = testing.operator_arguments(problem, torch.Generator().manual_seed(0), "cpu")
+        flat = [x, list(weights), *map(list, zip(*bns)), *map(list, geometry[:3]), geometry.groups]
+        yield "bottleneck_affine", flat
     for r, epilogue in ((1, "add"), (3, "relu"), (3, "")):
         g, w, geometry, hw, relu_of, addend, stride = testing.operator_arguments(
             _conv("conv_dgrad", r, prologue=r == 1, epilogue=epilogue), torch.Generator().manual_seed(0), "cpu"

@@ -153,7 +153,7 @@ def test_explicit_impl_never_falls_back(plans):
 
 
 CONV3X3 = Problem("conv_stats", 32, 28, 28, 128, 128, 3, 3, padding=(1, 1), epilogue="stats")
-BOTTLENECK = replace(CONV3X3, op="bottleneck_affine", c=256, k=64, epilogue="")
+BOTTLENECK = replace(CONV3X3, op="bottleneck_affine", c=256, k=64, epilogue="identity")
 
 
 @pytest.mark.parametrize(
@@ -165,6 +165,8 @@ BOTTLENECK = replace(CONV3X3, op="bottleneck_affine", c=256, k=64, epilogue="")
         (CONV3X3, {"op": "conv_dgrad", "epilogue": "add"}, None),
         (CONV3X3, {"op": "conv_wgrad", "stride": (2, 2), "epilogue": ""}, None),
         (BOTTLENECK, {}, None),
+        (BOTTLENECK, {"c": 64, "epilogue": "projection"}, None),
+        (BOTTLENECK, {"c": 64}, "width 64 of 64 channels"),
         (CONV3X3, {"dtype": "float32"}, "float32: the kernel multiplies 16-bit values"),
         (CONV3X3, {"r": 7, "s": 7}, "no 7x7 kernel"),
         (CONV3X3, {"padding": (0, 0)}, "padding (0, 0), dilation (1, 1)"),
@@ -179,7 +181,7 @@ BOTTLENECK = replace(CONV3X3, op="bottleneck_affine", c=256, k=64, epilogue="")
         (CONV3X3, {"k": 32}, "128 -> 32 channels"),
         (CONV3X3, {"op": "conv1x1_join"}, "no kernel in the CUDA library"),
         (BOTTLENECK, {"c": 512, "k": 128}, "width 128 of 512 channels"),
-        (BOTTLENECK, {"stride": (2, 2)}, "the shortcut is the input itself"),
+        (BOTTLENECK, {"stride": (2, 2)}, "the kernel keeps the resolution"),
     ],
 )
 def test_limits_of_the_cuda_kernels_have_reasons(plans, problem, change, reason):

@@ -49,6 +49,9 @@ FUSED_RESNET_DEVICE void store_shared_float(uint32_t address, float value) {
   store_shared(address, __float_as_uint(value));
 }
 FUSED_RESNET_DEVICE float load_shared_float(uint32_t address) { return __uint_as_float(load_shared(address)); }
+FUSED_RESNET_DEVICE void load_shared_pair(float (&pair)[2], uint32_t address) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair[0]), "=f"(pair[1]) : "r"(address) : "memory");
+}
 
 // Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
 FUSED_RESNET_DEVICE void load_fragment(uint32_t (&a)[4], uint32_t address) {
@@ -178,11 +181,15 @@ template <int kPending>
 FUSED_RESNET_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// Keeps the compiler from moving uses of accumulators across a fence or a wait, of which it knows nothing.
+// Keeps the compiler from moving uses of accumulators or fragments across a fence or a wait, of which it knows nothing.
 template <int kValues>
 FUSED_RESNET_DEVICE void hold(float (&d)[kValues]) {
 #pragma unroll
   for (int i = 0; i < kValues; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+FUSED_RESNET_DEVICE void hold(uint32_t (&fragment)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(fragment[i])::"memory");
 }
 
 #define FUSED_RESNET_REGISTERS_32                                        \

@@ -198,16 +198,23 @@ def launch_conv3x3_wgrad(a, grad, w_shape, geometry, plan):
 
 
 def launch_bottleneck_affine(x, weights, bns, geometry, plan):
-    """out = relu(bn3(a2 W3) + x) of an identity bottleneck, x [N, 256, H, W], in one kernel; `reference` has the rest.
+    """out = relu(bn3(a2 W3) + s) of a bottleneck, [N, 256, H, W], in one kernel; `reference` has the rest.
 
-    weights [64, 256, 1, 1], [64, 64, 3, 3], [256, 64, 1, 1]; bns: Frozen of 64, 64 and 256 channels.
+    weights [64, C, 1, 1], [64, 64, 3, 3], [256, 64, 1, 1], and [256, 64, 1, 1] if the shortcut is a projection; x has
+    C = 256 channels, or 64 with a projection. bns: Frozen of each weight's output.
     """
     _require_geometry(geometry, (1,))
-    for i, (w, shape) in enumerate(zip(weights, ((64, 256, 1, 1), (64, 64, 3, 3), (256, 64, 1, 1)))):
+    channels = 256 if len(weights) == 3 else 64
+    expected = ((64, channels, 1, 1), (64, 64, 3, 3), (256, 64, 1, 1), (256, 64, 1, 1))
+    for i, (w, shape) in enumerate(zip(weights, expected)):
         if tuple(w.shape) != shape or w.dtype != x.dtype:
             raise ValueError(f"weights[{i}] is {tuple(w.shape)} {w.dtype}; expected {shape} {x.dtype}")
-    out = empty_rows(*require_rows("x", x).shape, like=x)
+    n, c, height, width = require_rows("x", x).shape
+    if c != channels:
+        raise ValueError(f"x is {tuple(x.shape)}; expected {channels} channels")
+    out = empty_rows(n, 256, height, width, like=x)
     tables = [launch_bn_frozen(*require_frozen(bn, w.shape[0]), plan) for w, bn in zip(weights, bns)]
-    matrices = [tap_major(w).reshape(shape) for w, shape in zip(weights, ((64, 256), (64, 3, 3, 64), (256, 64)))]
-    _library().bottleneck_affine_sm90(x, *(t for pair in zip(matrices, tables) for t in pair), out)
+    matrices = [tap_major(w) if w.shape[2] == 3 else w.flatten(1).contiguous() for w in weights]
+    pairs = [t for pair in zip(matrices, tables) for t in pair] + [None, None] * (4 - len(weights))
+    _library().bottleneck_affine_sm90(x, *pairs, out)
     return out

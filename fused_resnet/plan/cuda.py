@@ -50,9 +50,12 @@ def _bottleneck_unsupported(problem: Problem, device: Device) -> str | None:
     if reason := _sm90_unsupported(problem, device):
         return reason
     if problem.stride != (1, 1):
-        return f"stride {problem.stride}: the shortcut is the input itself"
-    if (problem.c, problem.k) != (256, 64):
-        return f"width {problem.k} of {problem.c} channels: weights of width 64 of 256 stay in shared memory"
+        return f"stride {problem.stride}: the kernel keeps the resolution"
+    if (problem.c, problem.k) != (64 if problem.epilogue == "projection" else 256, 64):
+        return (
+            f"width {problem.k} of {problem.c} channels: only weights of width 64, from 256 channels or, with a "
+            "projection, from 64, fit into shared memory"
+        )
     return None
 
 

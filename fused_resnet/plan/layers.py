@@ -154,8 +154,9 @@ def _inference_problems(convs: list[_Conv], down: _Conv | None) -> list[tuple[st
     problems.append((last.layer, last.problem("conv_affine", epilogue="affine+residual")))
     if last.r == 1:
         problems.append((last.layer, _join(last, down, prologue=False)))
-    if last.r == 1 and down is None:
-        problems.append((convs[1].layer, replace(convs[1].problem("bottleneck_affine"), c=convs[0].c)))
+    if last.r == 1 and convs[1].stride == 1:
+        whole = convs[1].problem("bottleneck_affine", epilogue="identity" if down is None else "projection")
+        problems.append((convs[1].layer, replace(whole, c=convs[0].c)))
     return problems
 
 

@@ -59,7 +59,8 @@ class Problem:
     ``r, s`` the kernel; operators without a weight have ``k == c`` and ``r == s == 0``. Partial statistics [T, R, C]
     count as T images of R x 1 pixels. ``prologue`` is True when that tensor comes with a BatchNorm still to be applied.
     ``epilogue`` names what follows the accumulation: "stats", "affine", "affine+residual", "join", "join_downsample" (a
-    second GEMM over ``side`` channels of the shortcut, at ``stride``), or "" when the operator has no variants.
+    second GEMM over ``side`` channels of the shortcut, at ``stride``), "identity" or "projection" (the shortcut of a
+    whole bottleneck of width ``k``), or "" when the operator has no variants.
     """
 
     op: str

@@ -67,10 +67,12 @@ def _convolution(s: _Sizes) -> Work:
 
 
 def _bottleneck(s: _Sizes) -> Work:
-    """c channels outside, k inside."""
+    """c channels to 4 k, k inside."""
     p = s.p
-    weight = 2 * p.c * p.k + p.k * (p.k // p.groups) * p.r * p.s
-    moved = 2 * s.map(s.pixels, p.c) + weight * s.item + s.vectors(4, 2 * p.k + p.c)
+    projection = p.epilogue == "projection"
+    weight = p.c * p.k + p.k * (p.k // p.groups) * p.r * p.s + p.k * 4 * p.k + projection * p.c * 4 * p.k
+    vectors = s.vectors(4, 2 * p.k + (1 + projection) * 4 * p.k)
+    moved = s.map(s.pixels, p.c) + s.map(s.pixels, 4 * p.k) + weight * s.item + vectors
     return Work(2 * s.pixels * weight, moved)
 
 
