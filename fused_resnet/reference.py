@@ -237,6 +237,14 @@ def conv_affine(x: Tensor, w: Tensor, bn: Frozen, residual: Tensor | None, relu:
     return channels_last((out.relu_() if relu else out).to(x.dtype))
 
 
+def conv_affine_pool(x: Tensor, w: Tensor, bn: Frozen, geometry: Geometry) -> Tensor:
+    """y = max_pool(relu(conv(x, w) * scale + shift), 3x3, stride 2, padding 1): the stem in inference, rounded once.
+
+    x [N, C, H, W] -> [N, K, ceil(P / 2), ceil(Q / 2)] for a convolution to P x Q, in the dtype of x.
+    """
+    return channels_last(F.max_pool2d(conv_affine(x, w, bn, None, True, geometry), 3, 2, 1))
+
+
 def bn_act(a: Deferred, relu: bool) -> Tensor:
     """relu?(c * scale + shift) written out."""
     out = affine(a.c, a.bn)

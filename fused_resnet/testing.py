@@ -195,6 +195,10 @@ class _Samples:
         frozen = random_frozen(self.p.k, self.generator, self.device)
         return self._map(self.input), self._conv_weight(), frozen, residual, True, self.geometry
 
+    def conv_affine_pool(self):
+        frozen = random_frozen(self.p.k, self.generator, self.device)
+        return self._map(self.input), self._conv_weight(), frozen, self.geometry
+
     def conv1x1_join(self):
         a, w, bn = (
             self._deferred(self.input, self.p.prologue),

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from .families import CUDA_LAUNCHES, FAMILIES, VECTOR_OPS, gemm_smem, triton_plan, unsupported
+from .families import CUDA_LAUNCHES, FAMILIES, VECTOR_OPS, gemm_smem, stem_smem, triton_plan, unsupported
 from .layers import MODELS, model_problems
 from .problem import (
     ARCHITECTURES,
@@ -58,6 +58,7 @@ __all__ = [
     "read_entries",
     "resolve_impl",
     "statistics_rows",
+    "stem_smem",
     "table_entry",
     "triton_plan",
     "unsupported",
