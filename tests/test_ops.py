@@ -40,6 +40,8 @@ def _samples():
         yield "conv_stats", _flat(_conv("conv_stats", r, stride, prologue=prologue))
         yield "conv_affine", _flat(_conv("conv_affine", r, stride, epilogue="affine+residual"))
         yield "conv_wgrad", _flat(_conv("conv_wgrad", r, stride, prologue=prologue))
+    for r, c in ((7, 3), (3, 35)):
+        yield "conv_affine_pool", _flat(_conv("conv_affine_pool", r, 2, c, epilogue="affine"))
     for r, epilogue in ((1, "add"), (3, "relu"), (3, "")):
         g, w, geometry, hw, relu_of, addend, stride = testing.operator_arguments(
             _conv("conv_dgrad", r, prologue=r == 1, epilogue=epilogue), torch.Generator().manual_seed(0), "cpu"

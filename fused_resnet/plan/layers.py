@@ -136,6 +136,7 @@ def _stem_problems(stem: _Conv, training: bool) -> list[tuple[str, Problem]]:
         stem.output("bn_act_pool"),
         stem.output("bn_act_pool_backward"),
         stem.vectors("bn_backward_finalize", 2),
+        stem.output("bn_backward_apply"),
         stem.problem("conv_wgrad"),
     ]
     return [(stem.layer, problem) for problem in problems]
