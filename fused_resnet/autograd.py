@@ -518,11 +518,17 @@ def run_stem(x: Tensor, unit: ConvBN, impl: str) -> Tensor:
     """Pick the path for a checked stem: max_pool(relu(BN(conv(x))), 3, stride 2, padding 1)."""
     options = Options(identity=False, relu=True, scheme="stored", impl=impl)
     parameters = unit.w, unit.gamma, unit.beta
-    if x.shape[0] and (unit.batch_stats or _wants_gradients((x, *parameters))):
-        fused = unit.batch_stats and (unit.sync or unit.momentum is None)
-        if not fused:
-            fused = ops.plan_block("stem", impl, x, [(unit.w, unit.geometry)], "training").backend != "library"
-        if fused:
-            return _Stem.apply(channels_last(x), unit, impl, *parameters)
+    if x.shape[0] == 0:
+        return F.max_pool2d(run_chain(x, None, [unit], None, options), 3, 2, 1)
+    training = unit.batch_stats or _wants_gradients((x, *parameters))
+    fused = unit.batch_stats and (unit.sync or unit.momentum is None)
+    if not fused:
+        kind = "training" if training else "inference"
+        fused = ops.plan_block("stem", impl, x, [(unit.w, unit.geometry)], kind).backend != "library"
+    if not fused:
         return F.max_pool2d(_chain_library(x, None, [unit], None, options), 3, 2, 1)
-    return F.max_pool2d(run_chain(x, None, [unit], None, options), 3, 2, 1)
+    x = channels_last(x)
+    if training:
+        return _Stem.apply(x, unit, impl, *parameters)
+    frozen = unit.running_mean, unit.running_var, unit.gamma, unit.beta, unit.eps
+    return _op.conv_affine_pool(x, unit.w.to(x.dtype), *frozen, *unit.geometry, impl)

@@ -40,6 +40,18 @@ def _bottleneck_flop(x_shape, w_shapes, *args, **kwargs) -> int:
     return 2 * _pixels(x_shape) * sum(map(prod, w_shapes))
 
 
+@register_flop_formula(_op.conv_affine_pool)
+def _conv_affine_pool_flop(
+    x_shape, w_shape, mean, var, gamma, beta, eps, stride, padding, dilation, *args, **kwargs
+) -> int:
+    """The convolution's, whose output is larger than the operator's; a maximum is no multiply-add."""
+    outputs = [
+        (extent + 2 * pad - step * (taps - 1) - 1) // jump + 1
+        for extent, taps, jump, pad, step in zip(x_shape[2:], w_shape[2:], stride, padding, dilation)
+    ]
+    return 2 * x_shape[0] * prod(outputs) * prod(w_shape)
+
+
 @register_flop_formula(_op.conv1x1_join)
 def _join_flop(x_shape, bn_in, w_shape, bn, shortcut, w_shortcut=None, *args, out_shape=None, **kwargs) -> int:
     widths = prod(w_shape) + (prod(w_shortcut) if w_shortcut is not None else 0)

@@ -240,6 +240,13 @@ def _(select, x, w, mean, var, gamma, beta, eps, stride, padding, dilation, grou
     return run(x, tuple(w), tuple(map(Frozen, mean, var, gamma, beta, eps)), geometry)
 
 
+@_operator(f"conv_affine_pool(Tensor x, Tensor w, {_FROZEN}, {_GEOMETRY}, str impl) -> Tensor")
+def _(select, x, w, mean, var, gamma, beta, eps, stride, padding, dilation, groups, impl):
+    geometry = Geometry(stride, padding, dilation, groups)
+    run = select("conv_affine_pool", impl, x, geometry, w.shape, False, "affine")
+    return run(x, w, Frozen(mean, var, gamma, beta, eps), geometry)
+
+
 @_operator(f"bn_finalize(Tensor partials, {_AFFINE}, {_RUNNING}, float? momentum, float eps, str impl) -> Tensor")
 def _(select, partials, gamma, beta, mean, var, counter, momentum, eps, impl):
     run = select("bn_finalize", impl, partials.unsqueeze(-1).transpose(1, 2))

@@ -253,6 +253,14 @@ def bottleneck_affine(x: Tensor, weights: Sequence[Tensor], bns: Sequence[Frozen
     return conv_affine(a2, weights[2], bns[2], s, True, Geometry())
 
 
+def conv_affine_pool(x: Tensor, w: Tensor, bn: Frozen, geometry: Geometry) -> Tensor:
+    """y = max_pool(relu(conv(x, w) * scale + shift), 3x3, stride 2, padding 1): the stem in inference, rounded once.
+
+    x [N, C, H, W] -> [N, K, ceil(P / 2), ceil(Q / 2)] for a convolution to P x Q, in the dtype of x.
+    """
+    return channels_last(F.max_pool2d(conv_affine(x, w, bn, None, True, geometry), 3, 2, 1))
+
+
 def bn_act(a: Deferred, relu: bool) -> Tensor:
     """relu?(c * scale + shift) written out."""
     out = affine(a.c, a.bn)

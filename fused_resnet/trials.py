@@ -139,6 +139,10 @@ class _Samples:
         frozen = random_frozen(self.p.k, self.generator, self.device)
         return self._map(self.input), self._conv_weight(), frozen, residual, True, self.geometry
 
+    def conv_affine_pool(self):
+        frozen = random_frozen(self.p.k, self.generator, self.device)
+        return self._map(self.input), self._conv_weight(), frozen, self.geometry
+
     def bottleneck_affine(self):
         c, k = self.p.c, self.p.k
         weights = [self._weight(k, c), self._weight(k, k // self.p.groups, self.p.r, self.p.s), self._weight(4 * k, k)]

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from fused_resnet.plan import MODELS, Device, Problem, Unsupported, gemm_smem, model_problems, triton_plan
+from fused_resnet.plan import MODELS, Device, Problem, Unsupported, gemm_smem, model_problems, stem_smem, triton_plan
 from fused_resnet.reference import Deferred, Frozen, Geometry, Gradient, Running
 
 pytest.importorskip("triton")
@@ -102,6 +102,8 @@ def launch_arguments(problem: Problem):
             return dgrad_moments_arguments(problem, a)
         if problem.op == "conv_stats":
             return [(a, w, geometry)]
+        if problem.op == "conv_affine_pool":
+            return [(x, w, Frozen(*(meta(k),) * 4, 1e-5), geometry)]
         if problem.op == "conv_affine":
             residual = out if problem.epilogue.endswith("residual") else None
             buffers = meta(k)
@@ -114,6 +116,8 @@ def launch_arguments(problem: Problem):
         return [(a, w, bn, shortcut, meta(k, side, 1, 1, dtype=dtype), bn, stride)]
     if "moments" in problem.op or problem.op == "cross_sums":
         return moments_arguments(problem, a if problem.prologue else Deferred(x))
+    pooled = meta(problem.n, c, (problem.h + 1) // 2, (problem.w + 1) // 2, dtype=dtype)
+    index = torch.empty_like(pooled, dtype=torch.uint8)
     running = Running(vector, vector, torch.empty((), dtype=torch.int64, device="meta"))
     partials = meta(problem.n, problem.h, c)
     return {
@@ -123,6 +127,8 @@ def launch_arguments(problem: Problem):
         ],
         "bn_frozen": lambda: [(vector, vector, vector, vector, 1e-5)],
         "bn_act": lambda: [(a, True), (a, False)],
+        "bn_act_pool": lambda: [(a,)],
+        "bn_act_pool_backward": lambda: [(pooled, index, a)],
         "bn_join": lambda: [(a, a), (a, Deferred(x))],
         "bn_act_sums": lambda: [(x, a)],
         "join_sums": lambda: [(x, bits(x), a, a), (x, bits(x), a, Deferred(x))],
@@ -170,6 +176,9 @@ def verdicts(compiled, specs, limit):
             yield f"{name}: {result.shared} bytes of shared memory, limit {limit}"
         if "BLOCK_K" in config and result.shared > gemm_smem(problem, plan.config):
             yield f"{name}: {result.shared} bytes of shared memory, estimated {gemm_smem(problem, plan.config)}"
+        estimate = (stem_smem if plan.module == "stem" else gemm_smem)(problem, plan.config)
+        if "BLOCK_K" in config and result.shared > estimate:
+            yield f"{name}: {result.shared} bytes of shared memory, estimated {estimate}"
         if "BLOCK_K" in config and not result.tensor_core:
             yield f"{name}: no tensor-core instruction"
 
@@ -190,6 +199,10 @@ def verdicts(compiled, specs, limit):
         ("conv_library", "bfloat16"),
         ("moments", "bfloat16"),
         ("moments", "float32"),
+        ("pool", "bfloat16"),
+        ("pool", "float32"),
+        ("stem", "bfloat16"),
+        ("stem", "float32"),
     ],
 )
 def test_every_chosen_kernel_compiles(module, dtype, arch, tf32):

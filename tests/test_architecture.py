@@ -93,7 +93,7 @@ def test_kernels_import_epilogue_and_the_shared_checks_alone(path):
     shared = {name for name in own if name.startswith(("require", "empty", "on_device", "input_precision"))}
     helpers = {name for name in own - shared - {"epilogue"} if (PACKAGE / "kernels" / f"{name}.py").exists()}
     # The library's convolution has no file of its own to fuse with: it composes the elementwise passes.
-    helpers -= {"bn"} if path.stem == "conv_library" else set()
+    helpers -= {"bn", "pool"} if path.stem == "conv_library" else set()
     assert not helpers, f"{path.stem} imports the kernel file {helpers}"
     assert other <= {"torch", "triton", "contextlib", "functools", "pathlib", "math", "typing", "__future__"}
     source = path.read_text()

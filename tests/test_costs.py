@@ -17,6 +17,7 @@ MULTIPLY_ADDS = {
     "conv_stats": _CONVOLUTIONS,
     "conv_affine": _CONVOLUTIONS,
     "conv_wgrad": _CONVOLUTIONS,
+    "conv_affine_pool": [_STRIDED * 49 * 3 * 24, 9 * _STRIDED * _PRODUCT],
     "conv_dgrad": [_PIXELS * _PRODUCT, 9 * _PIXELS * _PRODUCT, 9 * _PIXELS * _PRODUCT],
     "bottleneck_affine": [_PIXELS * 9 * (36 + 9 * 9 + 36), _PIXELS * (9 * (35 + 9 * 9 + 36) + 35 * 36)],
     "conv1x1_join": [_PIXELS * 35 * 24, _PIXELS * (35 + 9) * 24],

@@ -46,6 +46,7 @@ CONVOLUTIONS = {
 LAUNCHES = {
     "conv_stats": ("launch_library_stats", ["stats"]),
     "conv_affine": ("launch_library_affine", ["affine", "affine+residual"]),
+    "conv_affine_pool": ("launch_library_affine_pool", ["affine"]),
     "conv_dgrad": ("launch_library_dgrad", ["", "relu", "add", "reluadd"]),
     "conv_wgrad": ("launch_library_wgrad", [""]),
 }

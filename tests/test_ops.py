@@ -46,6 +46,8 @@ def _samples():
         x, weights, bns, geometry = testing.operator_arguments(problem, torch.Generator().manual_seed(0), "cpu")
         flat = [x, list(weights), *map(list, zip(*bns)), *map(list, geometry[:3]), geometry.groups]
         yield "bottleneck_affine", flat
+    for r, c in ((7, 3), (3, 35)):
+        yield "conv_affine_pool", _flat(_conv("conv_affine_pool", r, 2, c, epilogue="affine"))
     for r, epilogue in ((1, "add"), (3, "relu"), (3, "")):
         g, w, geometry, hw, relu_of, addend, stride = testing.operator_arguments(
             _conv("conv_dgrad", r, prologue=r == 1, epilogue=epilogue), torch.Generator().manual_seed(0), "cpu"

@@ -71,6 +71,7 @@ def test_every_layer_has_a_valid_plan_or_a_reason(name, dtype, arch):
 def test_model_problems_count_the_layers(name, convolutions):
     problems = model_problems(name, 2, 224, False)
     assert len({layer for layer, problem in problems if problem.op == "conv_affine"}) == convolutions
+    assert [layer for layer, problem in problems if problem.op == "conv_affine_pool"] == ["conv1"]
     training = model_problems(name, 2, 224, True)
     assert len({layer for layer, problem in training if problem.op == "conv_wgrad"}) == convolutions
 
@@ -122,6 +123,25 @@ def test_model_problems_are_those_the_operators_ask_for(name, inplanes, planes, 
     asked = [problem for problem in asked if problem.op not in ("residual_block", "bn_frozen")]
     assert asked
     assert not set(asked) - listed
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_stem_problems_are_those_the_operators_ask_for(training):
+    torch = pytest.importorskip("torch")
+    from fused_resnet import modules, ops
+
+    asked = []
+    with ops.record(lambda problem, plan: asked.append(problem), H100), use("reference"), torch.device("meta"):
+        conv, bn = torch.nn.Conv2d(3, 64, 7, 2, 3, bias=False).bfloat16(), torch.nn.BatchNorm2d(64).train(training)
+        x = torch.empty(2, 3, 64, 64, dtype=torch.bfloat16)
+        with torch.set_grad_enabled(training):
+            y = modules.forward_stem(conv, bn, torch.nn.ReLU(), torch.nn.MaxPool2d(3, 2, 1), x)
+        if training:
+            y.sum().backward()
+    asked = {problem for problem in asked if problem.op != "stem"}
+    listed = {problem for layer, problem in model_problems("resnet18", 2, 64, training) if layer == "conv1"}
+    assert {"bn_act_pool_backward" if training else "conv_affine_pool"} <= {problem.op for problem in asked}
+    assert not asked - listed
 
 
 def test_unmeasured_problems_go_to_the_library(plans):
@@ -237,7 +257,8 @@ def test_heuristic_says_what_its_tile_means_on_the_card(plans, problem, arch, re
 def test_grouped_convolution_says_who_convolves_and_why(plans):
     grouped = replace(CONV3X3, groups=32)
     reason = plan_for(grouped, H100, "triton").reason
-    assert reason.startswith("the library's convolution between fused passes: no 3x3 kernel for conv_stats; 32 groups")
+    assert reason.startswith("the library's convolution between fused passes: no 3x3 kernel for conv_stats; ")
+    assert "32 groups: the kernels convolve one" in reason
 
 
 def test_more_pixels_than_32_bits_are_refused():

@@ -128,6 +128,67 @@ def test_inference_through_the_kernels(dtype, device, monkeypatch):
         assert_within_budget(got, copy.deepcopy(block).double()(x.double()), peer)
 
 
+def _stem(channels, dtype, device):
+    torch.manual_seed(0)
+    four = nn.Sequential(
+        nn.Conv2d(channels, 20, 7, 2, 3, bias=False), nn.BatchNorm2d(20), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    ).to(device, memory_format=torch.channels_last)
+    nn.init.normal_(four[1].weight, 0.5, 0.7)
+    nn.init.normal_(four[1].bias, 0.0, 0.3)
+    four[1].running_var.uniform_(0.5, 2.0)
+    four[0].to(dtype)
+    return four
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stem_training_through_the_kernels(dtype, device, monkeypatch):
+    """As a block: output, gradients of image and parameters, buffers."""
+    four = _stem(3, dtype, device)
+    x = torch.randn(2, 3, 13, 10, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    x = x.to(memory_format=torch.channels_last)
+    copies = [copy.deepcopy(four) for _ in range(3)]
+
+    def fused(modules, value):
+        return fused_resnet.stem(value, conv_bn(modules[0], modules[1]))
+
+    with fused_resnet.use("reference"):
+        peer = _run(fused, copies[0], x)
+    judge = _run(lambda modules, value: modules(value), copies[1].double(), x.double())
+    seen = _used(monkeypatch)
+    with fused_resnet.use("triton"):
+        got = _run(fused, copies[2], x)
+    assert {backend for _, backend in seen} == {"triton"}
+    assert {"bn_act_pool", "bn_act_pool_backward", "conv_dgrad", "conv_wgrad"} <= {op for op, _ in seen}
+    names = ("y", "dx", "dw", "dgamma", "dbeta", "running mean", "running variance", "batches")
+    for a, b, c, what in zip(got, judge, peer, names):
+        if not a.is_floating_point():
+            assert torch.equal(a, b)
+        elif dtype == torch.float32:
+            assert_within_budget(a, b, c, what)
+    # At 16 bits a maximum that rounding moves takes its gradient to another pixel.
+    a, b, c = (torch.cat([t.double().flatten() for t in r if t.is_floating_point()]) for r in (got, judge, peer))
+    assert (a - b).norm() <= 2 * ((c - b).norm() + torch.finfo(dtype).eps * b.norm())
+
+
+@pytest.mark.parametrize("channels,module", [(3, "stem"), (6, "conv_library")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stem_inference_through_the_kernels(dtype, channels, module, device, monkeypatch):
+    """One operator, whose kernel for an image writes no map."""
+    four = _stem(channels, dtype, device).eval()
+    x = torch.randn(2, channels, 14, 11).to(device, dtype).to(memory_format=torch.channels_last)
+    unit = conv_bn(four[0], four[1])
+    seen = _used(monkeypatch)
+    with torch.no_grad():
+        with fused_resnet.use("triton"):
+            got = fused_resnet.stem(x, unit)
+        assert seen == [("conv_affine_pool", "triton")]
+        with fused_resnet.use("reference"):
+            peer = fused_resnet.stem(x, unit)
+        assert_within_budget(got, copy.deepcopy(four).double()(x.double()), peer)
+    problem = plan.Problem("conv_affine_pool", 2, 14, 11, channels, 20, 7, 7, (2, 2), (3, 3), dtype="float32")
+    assert plan.triton_plan(problem, None, plan.Device.default(90), "").module == module
+
+
 def test_repeats_are_bit_equal(device):
     block = _block(Bottleneck, 35, 9, 2, torch.float16, device)
     x = torch.randn(2, 35, 7, 6).to(device, torch.float16).to(memory_format=torch.channels_last)

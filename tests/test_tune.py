@@ -180,7 +180,7 @@ def test_models_of_other_makers_are_collected_too():
     model = torchvision.models.resnet18()
     assert tuning.collect([(model, torch.empty(2, 3, 64, 64))]) == []
     tasks = tuning.collect([(fused_resnet.fuse(model).eval(), torch.empty(2, 3, 64, 64))])
-    assert {task.problem.op for task in tasks} == {"residual_block", "conv_affine"}
+    assert {task.problem.op for task in tasks} == {"residual_block", "conv_affine", "stem", "conv_affine_pool"}
     lone = fused_resnet.FusedConvBNAct(8, 8).eval()
     assert [t.problem.op for t in tuning.collect([(lone, torch.empty(1, 8, 5, 5))])][-1] == "residual_block"
 

@@ -5,6 +5,7 @@ in front of it, what it would do in its epilogue one pass behind, over rows [pix
 
     statistics  partials[t] = (count, mean, M2) over chunk t of consecutive pixels of the raw output
     affine      out = c * scale + shift  [+ residual]  [relu]                                    (`bn.launch_affine`)
+    pool        max over 3x3 windows, stride 2, padding 1, of relu(c * scale + shift)              (`pool.launch_pool`)
     gradient    dx += addend (where its mask) on every addend_stride-th row and column; with relu_of: dx = dx where
                 relu_of's affine > 0, sums[t] = (sum dx, sum dx * xhat) over chunk t
 
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import bn as passes
-from . import on_device_of, require_addend, require_frozen, require_like, require_rows, require_vectors
+from . import on_device_of, pool, require_addend, require_frozen, require_like, require_rows, require_vectors
 from .epilogue import BN_MEAN, BN_RSTD, BN_SCALE, BN_SHIFT, affine, load_addend, load_vector
 
 
@@ -177,6 +178,15 @@ def launch_library_affine(x, w, bn, residual, relu, geometry, plan):
         require_like("residual", residual, c)
     table = passes.launch_bn_frozen(*frozen, plan)
     return passes.launch_affine(c, table, residual, None, None, relu, plan)
+
+
+def launch_library_affine_pool(x, w, bn, geometry, plan):
+    """y = max_pool(relu(conv(x, w) * scale + shift), 3x3, stride 2, padding 1): the library's convolution, then a pass.
+
+    bn: Frozen(mean, var, gamma | None, beta | None, eps), running statistics [K] in any floating dtype.
+    """
+    table = passes.launch_bn_frozen(*require_frozen(bn, w.shape[0]), plan)
+    return pool.launch_pool(_convolve(require_rows("x", x), w, geometry), table, False, plan)[0]
 
 
 def launch_library_dgrad(grad, w, geometry, input_hw, relu_of, addend, addend_stride, plan):

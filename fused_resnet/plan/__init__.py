@@ -21,6 +21,7 @@ from .families import (
     candidates,
     gemm_smem,
     own_kernel_refusal,
+    stem_smem,
     triton_plan,
     unsupported,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "replayed",
     "resolve_impl",
     "statistics_rows",
+    "stem_smem",
     "table_entry",
     "tile_reason",
     "triton_plan",

@@ -296,6 +296,80 @@ def _moments_heuristic(problem: Problem, device: Device) -> TileConfig:
     return TileConfig(block_m, 128, 32 if shallow else 64, 8, 3)
 
 
+def _slice_depth(problem: Problem) -> int:
+    """Values that an output of the stem's kernels reads from one row of the image, padded to a power of two."""
+    return max(16, next_power_of_two(problem.s) * next_power_of_two(problem.c))
+
+
+def stem_smem(problem: Problem, config: TileConfig) -> int:
+    """`gemm_smem` of the stem's kernels: all slices of the depth at once, those of the weight without stages."""
+    if problem.op == "conv_wgrad":
+        values = config.num_stages * (config.block_m + problem.r * config.block_n) * config.block_k
+    else:
+        values = (config.num_stages * config.block_m + config.block_n) * problem.r * config.block_k
+    return values * ITEMSIZE[problem.dtype] + config.block_m * config.block_n * 4 + 2048
+
+
+def _stem_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
+    if problem.c > 4 or problem.groups != 1:
+        return f"{problem.c} channels in {problem.groups} groups: the stem's kernels read images of up to 4 channels"
+    if problem.prologue:
+        return "a BatchNorm in front of an image"
+    if min(problem.c, problem.k) < 1:
+        return "no channels"
+    if problem.r * problem.s < 2:
+        return f"a {problem.r}x{problem.s} kernel has no rows of taps"
+    depth = _slice_depth(problem)
+    if problem.r * depth > 256:
+        return f"a {problem.r}x{problem.s} kernel is {problem.r * depth} deep: 256 fit into shared memory"
+    if config is None:
+        return None
+    gradient = problem.op == "conv_wgrad"
+    blocks = (config.block_m, config.block_n, config.block_k)
+    if not all(power_of_two(block) and block >= 16 for block in blocks) or config.split_k != 1:
+        return f"tile {blocks}, split_k {config.split_k}: extents must be powers of two of at least 16, the depth whole"
+    if (config.block_n if gradient else config.block_k) != depth:
+        return f"tile {blocks}: a row of the kernel is {depth} deep"
+    if config.block_m > 256 or (problem.op == "conv_affine_pool" and config.block_m < 32):
+        return f"block_m {config.block_m}: at most 256, and at least 32 for two halves"
+    if config.num_warps > 4 and device.arch < 90:
+        return f"{config.num_warps} warps: Triton's mma.sync convolutions were seen wrong with more than four"
+    # Statistics keep two half tiles of sums, the pool a maximum, the gradient accumulators for each row of the kernel.
+    tiles = {"conv_stats": 2, "conv_affine_pool": 2, "conv_wgrad": problem.r}.get(problem.op, 1)
+    per_thread = tiles * config.block_m * config.block_n // (32 * config.num_warps)
+    if per_thread > 128:
+        return f"{per_thread} accumulators per thread spill registers (limit 128)"
+    smem = stem_smem(problem, config)
+    if smem > device.smem_bytes:
+        return f"needs {smem} bytes of shared memory, sm{device.arch} has {device.smem_bytes}"
+    return None
+
+
+def _stem_heuristic(problem: Problem, device: Device) -> TileConfig:
+    """A tile of 64 pixels by 64 channels on four warps, without stages.
+
+    The patches of a tile are loaded all at once and pass through registers, of which that tile leaves so many that four
+    blocks share an SM and hide each other's loads. The weight gradient has accumulators for each row of the kernel: 32
+    channels and fewer pixels where mma.sync takes its operands from registers, too.
+    """
+    full, mma_sync, depth = problem.dtype == "float32", device.arch < 90, _slice_depth(problem)
+    channels = max(16, next_power_of_two(problem.k))
+    if problem.op == "conv_wgrad":
+        block_m = min(32 if mma_sync else 64, channels)
+        return TileConfig(block_m, depth, 32 if full or mma_sync else 64, 4, 1)
+    block_n = min(64, channels)
+    if problem.op == "conv_stats" and not full:
+        # The pixel extent of a program is its row of statistics, whatever the tile: only channels can be split.
+        chunk = chunk_pixels(max(1, problem.gemm_m), statistics_rows(problem.k))
+        if -(-problem.gemm_m // chunk) * -(-problem.k // block_n) < device.sm_count:
+            block_n = min(32, block_n)
+    for block_m in (64, 32) if not (full and mma_sync) else (32,):
+        config = TileConfig(block_m, block_n, depth, 4, 1)
+        if stem_smem(problem, config) <= device.smem_bytes:
+            break
+    return config
+
+
 def _elementwise_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
     if config is None:
         return None
@@ -319,6 +393,16 @@ def _elementwise_heuristic(problem: Problem, device: Device) -> TileConfig:
     return TileConfig(min(256, values // block_n), block_n, num_warps=4, num_stages=2)
 
 
+def _pool_heuristic(problem: Problem, device: Device) -> TileConfig:
+    """1024 values for 128 threads: a thread has nine loads of 16 bytes under way.
+
+    Backward it has twelve loads under way, and two sums to keep: half of that leaves every program a place on the GPU.
+    """
+    block_n = min(128, max(8, next_power_of_two(problem.k)))
+    values = 512 if problem.op == "bn_act_pool_backward" else 1024
+    return TileConfig(values // block_n, block_n, num_warps=4, num_stages=2)
+
+
 def _library_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
     if config is not None and config.block_k:
         return "the passes around the library's convolution have no depth"
@@ -327,6 +411,8 @@ def _library_unsupported(problem: Problem, config: TileConfig | None, device: De
 
 def _library_heuristic(problem: Problem, device: Device) -> TileConfig:
     """The elementwise tile of the result's channels; passes that sum keep two accumulators and take half of it."""
+    if problem.op == "conv_affine_pool":
+        return _pool_heuristic(problem, device)
     tile = _elementwise_heuristic(replace(problem, c=problem.k), device)
     return replace(tile, block_m=max(1, min(tile.block_m, 2048 // tile.block_n)))
 
@@ -377,6 +463,18 @@ FAMILIES = (
         _conv1x1_unsupported,
         _conv1x1_heuristic,
     ),
+    # In front of the other convolutions: with four channels or fewer their taps would be mostly padding.
+    Family(
+        "stem",
+        {
+            "conv_stats": "launch_stem_stats",
+            "conv_affine": "launch_stem_affine",
+            "conv_affine_pool": "launch_stem_pool",
+            "conv_wgrad": "launch_stem_wgrad",
+        },
+        _stem_unsupported,
+        _stem_heuristic,
+    ),
     Family(
         "conv1x1_grad",
         {
@@ -412,12 +510,19 @@ FAMILIES = (
         _elementwise_heuristic,
         _MAP_TILES,
     ),
+    Family(
+        "pool",
+        {"bn_act_pool": "launch_bn_act_pool", "bn_act_pool_backward": "launch_bn_act_pool_backward"},
+        _elementwise_unsupported,
+        _pool_heuristic,
+    ),
     # Last: where a kernel of our own can run, asking for Triton means that one. A tile without depth asks for this.
     Family(
         "conv_library",
         {
             "conv_stats": "launch_library_stats",
             "conv_affine": "launch_library_affine",
+            "conv_affine_pool": "launch_library_affine_pool",
             "conv_dgrad": "launch_library_dgrad",
             "conv_wgrad": "launch_library_wgrad",
         },

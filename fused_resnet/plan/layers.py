@@ -127,13 +127,16 @@ def model_problems(
 
 def _stem_problems(stem: _Conv, training: bool) -> list[tuple[str, Problem]]:
     if not training:
-        return [(stem.layer, stem.problem("conv_affine", epilogue="affine"))]
+        # The second for a stem whose pool is another one.
+        pooled, plain = (stem.problem(op, epilogue="affine") for op in ("conv_affine_pool", "conv_affine"))
+        return [(stem.layer, pooled), (stem.layer, plain)]
     problems = [
         stem.problem("conv_stats", epilogue="stats"),
         stem.vectors("bn_finalize", 3),
         stem.output("bn_act_pool"),
         stem.output("bn_act_pool_backward"),
         stem.vectors("bn_backward_finalize", 2),
+        stem.output("bn_backward_apply"),
         stem.problem("conv_wgrad"),
     ]
     return [(stem.layer, problem) for problem in problems]

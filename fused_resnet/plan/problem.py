@@ -83,7 +83,7 @@ class Problem:
     @property
     def out_hw(self) -> tuple[int, int]:
         """Height and width of the operator's output: of its input for one without a weight, up to an odd remainder that
-        the problem does not know for an input gradient."""
+        the problem does not know for an input gradient; of the convolution, where a pool follows it."""
         if self.r == 0 or self.op == "conv1x1_join":
             return self.h, self.w
         if self.op == "conv_dgrad":

@@ -66,6 +66,14 @@ def _convolution(s: _Sizes) -> Work:
     return Work(2 * out * s.weight, moved)
 
 
+def _affine_pool(s: _Sizes) -> Work:
+    """A convolution with BatchNorm, whose output is pooled before it is written."""
+    p, (height, width) = s.p, s.p.out_hw
+    pooled = p.n * -(-height // 2) * -(-width // 2)
+    moved = s.map(s.pixels, p.c) + s.weight * s.item + s.vectors(4, p.k) + s.map(pooled, p.k)
+    return Work(2 * p.gemm_m * s.weight, moved)
+
+
 def _bottleneck(s: _Sizes) -> Work:
     """c channels to 4 k, k inside."""
     p = s.p
@@ -160,6 +168,7 @@ _FAMILIES = {
     "conv2d": _convolution,  # the library's, bare
     "conv_stats": _convolution,
     "conv_affine": _convolution,
+    "conv_affine_pool": _affine_pool,
     "bottleneck_affine": _bottleneck,
     "conv1x1_join": _join,
     "conv_dgrad": _dgrad,
