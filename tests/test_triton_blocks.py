@@ -13,6 +13,14 @@ from fused_resnet import ops, plan
 from fused_resnet.modules import conv_bn
 from fused_resnet.testing import assert_within_budget
 
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch, device):
+    """The interpreter runs a program for each row of statistics, used or not: four, instead of up to 512."""
+    if device == "cpu":
+        monkeypatch.setattr(plan.problem, "statistics_rows", lambda channels: 4)
+
+
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
 
 
@@ -30,7 +38,7 @@ def _used(monkeypatch):
     return seen
 
 
-def _block(kind, inplanes, planes, stride, dtype, device):
+def _block(kind, inplanes, planes, stride, options, dtype, device):
     torch.manual_seed(0)
     expansion = 4 if kind is Bottleneck else 1
     down = None
@@ -38,7 +46,7 @@ def _block(kind, inplanes, planes, stride, dtype, device):
         down = nn.Sequential(
             nn.Conv2d(inplanes, planes * expansion, 1, stride, bias=False), nn.BatchNorm2d(planes * expansion)
         )
-    block = kind(inplanes, planes, stride, down).to(device, memory_format=torch.channels_last)
+    block = kind(inplanes, planes, stride, down, **options).to(device, memory_format=torch.channels_last)
     for module in block.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.3)
@@ -67,14 +75,15 @@ def _run(forward, block, x):
 
 
 SHAPES = {
-    "identity": (Bottleneck, 32, 8, 1),
-    "projection": (Bottleneck, 35, 9, 2),
-    "basic": (BasicBlock, 20, 20, 1),
-    "basic projection": (BasicBlock, 19, 24, 2),
+    "identity": (Bottleneck, 32, 8, 1, {}),
+    "projection": (Bottleneck, 35, 9, 2, {}),
+    "grouped": (Bottleneck, 32, 8, 2, {"groups": 2, "dilation": 2}),
+    "basic": (BasicBlock, 20, 20, 1, {}),
+    "basic projection": (BasicBlock, 19, 24, 2, {}),
 }
 CASES = [
     *((shape, "stored", True, torch.float32) for shape in SHAPES),
-    *((shape, "moments", True, torch.float32) for shape in ("identity", "projection")),
+    *((shape, "moments", True, torch.float32) for shape in ("identity", "projection", "grouped")),
     ("projection", "moments", False, torch.float32),
     ("basic projection", "stored", False, torch.float32),
     *(("projection", "moments", True, dtype) for dtype in DTYPES[1:]),
@@ -88,35 +97,49 @@ CASES = [
     ids=[f"{s}-{scheme}-{'training' if t else 'frozen'}-{d}" for s, scheme, t, d in CASES],
 )
 def test_block_through_the_kernels(shape, scheme, training, dtype, device, monkeypatch):
-    """Output, every gradient and every buffer; judge: float64, peer: the reference at the same precision."""
+    """Output, every gradient and every buffer; judge: float64, peer: the reference at the same precision.
+
+    At 16 bit a ReLU that rounding switches, in the kernels or in the reference, changes gradients by more than rounding
+    does, on a few pixels by 10 %. So the norm over all of them is compared on three inputs, our median with the peer's
+    worst: a wrong kernel spoils the median, a rare switch does not.
+    """
     block = _block(*SHAPES[shape], dtype, device).train(training)
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(2, SHAPES[shape][1], 5, 6, generator=generator).to(device, dtype)
-    x = x.to(memory_format=torch.channels_last)
+    errors = []
+    for _ in range(1 if dtype == torch.float32 else 3):
+        x = torch.randn(2, SHAPES[shape][1], 7, 8, generator=generator).to(device, dtype)
+        got, judge, peer = _three(block, x.to(memory_format=torch.channels_last), scheme, monkeypatch)
+        assert_within_budget(got[0].float(), judge[0].double(), peer[0].float(), "output")
+        for i, (a, b, c) in enumerate(zip(got, judge, peer)):
+            if not a.is_floating_point():
+                assert torch.equal(a, b)
+            elif dtype == torch.float32:
+                assert_within_budget(a, b, c, f"result {i}")
+        results = (got, judge, peer)
+        a, b, c = (torch.cat([t.double().flatten() for t in r[1:] if t.is_floating_point()]) for r in results)
+        errors.append(((a - b).norm() / b.norm(), (c - b).norm() / b.norm()))
+    ours, theirs = torch.tensor(errors, dtype=torch.double).unbind(1)
+    assert ours.median() <= 2 * (theirs.max() + torch.finfo(dtype).eps), f"{ours.tolist()}, peer {theirs.tolist()}"
+
+
+def _three(block, x, scheme, monkeypatch):
+    """The results of a block by the kernels, by plain PyTorch in float64, and by the reference."""
     blocks = [copy.deepcopy(block) for _ in range(3)]
     with fused_resnet.use("reference"):
         peer = _run(lambda b, v: _fused(b, v, scheme), blocks[0], x)
     judge = _run(lambda b, v: b(v), blocks[1].double(), x.double())
-    seen = _used(monkeypatch)
-    with fused_resnet.use("triton"):
-        got = _run(lambda b, v: _fused(b, v, scheme), blocks[2], x)
+    with monkeypatch.context() as patch:
+        seen = _used(patch)
+        with fused_resnet.use("triton"):
+            got = _run(lambda b, v: _fused(b, v, scheme), blocks[2], x)
     assert seen and {backend for _, backend in seen} == {"triton"}
     assert ("conv1x1_join", "triton") in seen if scheme == "moments" else ("bn_join", "triton") in seen
-    assert_within_budget(got[0].float(), judge[0].double(), peer[0].float(), "output")
-    for i, (a, b, c) in enumerate(zip(got, judge, peer)):
-        if not a.is_floating_point():
-            assert torch.equal(a, b)
-        elif dtype == torch.float32:
-            assert_within_budget(a, b, c, f"result {i}")
-    # At 16 bit, a ReLU that rounding switches, in the kernels or in the reference, changes single gradients by more
-    # than rounding: their norm over all of them is compared.
-    a, b, c = (torch.cat([t.double().flatten() for t in r[1:] if t.is_floating_point()]) for r in (got, judge, peer))
-    assert (a - b).norm() <= 2 * ((c - b).norm() + torch.finfo(dtype).eps * b.norm())
+    return got, judge, peer
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inference_through_the_kernels(dtype, device, monkeypatch):
-    block = _block(Bottleneck, 35, 9, 2, dtype, device).eval()
+    block = _block(Bottleneck, 35, 9, 2, {}, dtype, device).eval()
     x = torch.randn(2, 35, 7, 6).to(device, dtype).to(memory_format=torch.channels_last)
     seen = _used(monkeypatch)
     with torch.no_grad():
@@ -190,7 +213,7 @@ def test_stem_inference_through_the_kernels(dtype, channels, module, device, mon
 
 
 def test_repeats_are_bit_equal(device):
-    block = _block(Bottleneck, 35, 9, 2, torch.float16, device)
+    block = _block(Bottleneck, 35, 9, 2, {}, torch.float16, device)
     x = torch.randn(2, 35, 7, 6).to(device, torch.float16).to(memory_format=torch.channels_last)
     repeats = 50 if device == "cuda" else 2
     with fused_resnet.use("triton"):
