@@ -1,12 +1,13 @@
 // A block of a Hopper GPU on the CPU: the functions of csrc/hopper/ptx.cuh, so that the kernels' own source runs here.
 //
 // Every GPU thread is a fiber. Threads run in random order, switching where they wait. What is asynchronous on the GPU
-// happens at another time here: a wgmma only when its thread waits for it, a TMA copy at a random later moment; with an
-// odd seed loads at once, and stores, like the threads of one warp, only when nothing else can go on. They then read
-// what shared memory and registers hold at that time. So a kernel that reuses a buffer or a register too early, reads a
-// tile before its barrier, or waits for a phase that never ends, gives a wrong result or an error. Shared memory starts
-// as NaN. Reported as errors: deadlocks, ordinary writes that TMA or wgmma reads without a proxy fence, descriptors and
-// copies whose alignment or fields the hardware would not take, and blocks that end under a running store.
+// happens at another time here: a wgmma only when its thread waits for it, a TMA copy at a random later moment, or, as
+// the seed says, a load at once or only when nothing else can go on, like then every store and the threads of one warp.
+// They read what shared memory and registers hold at that time. So a kernel that reuses a buffer or a register too
+// early, reads a tile before its barrier, or waits for a phase that never ends, gives a wrong result or an error.
+// Shared memory starts as NaN. Reported as errors: deadlocks, ordinary writes that TMA or wgmma reads without a proxy
+// fence, descriptors and copies whose alignment or fields the hardware would not take, and blocks that end under a
+// running store.
 //
 // What it takes from the documentation and cannot check: the meaning of the instructions, tensor maps and descriptors.
 #pragma once
@@ -110,7 +111,7 @@ struct Block {
   std::map<uint32_t, Barrier> barriers;
   std::map<uint32_t, Meeting> meetings;
   std::vector<std::function<void()>> copies;  // that run
-  bool extreme;                               // loads at once, stores and the threads of one warp last
+  uint32_t order;                             // 0 random; else stores and one warp last, loads 1 at once, 2 last
   uint32_t slow_warp;
   std::mt19937 random;
   ucontext_t scheduler;
@@ -145,7 +146,7 @@ inline void fiber() {
 }
 
 inline void start_copy(bool load, std::function<void()> copy) {
-  if (load && block->extreme) return copy();
+  if (load && block->order == 1) return copy();
   block->copies.push_back(std::move(copy));
 }
 
@@ -161,7 +162,7 @@ inline void run_block(uint32_t index, uint32_t grid, uint32_t threads, uint32_t 
   Block b;
   b.index = index, b.grid = grid, b.threads_count = threads;
   b.random.seed(seed * 7919 + index);
-  b.extreme = seed % 2 == 1;
+  b.order = seed % 3;
   b.slow_warp = b.random() % (threads / 32);
   b.shared.resize(kSharedLimit);
   for (size_t i = 0; i < b.shared.size(); i += 2) b.shared[i] = 0xc1, b.shared[i + 1] = 0x7f;
@@ -189,7 +190,7 @@ inline void run_block(uint32_t index, uint32_t grid, uint32_t threads, uint32_t 
       Thread& t = b.threads[thread];
       if (t.done) continue;
       running = true;
-      if (b.extreme && thread / 32 == b.slow_warp && !wait_for_slow) continue;
+      if (b.order != 0 && thread / 32 == b.slow_warp && !wait_for_slow) continue;
       if (t.ready && !t.ready()) continue;
       progress = true;
       if (b.random() % 4 == 0) continue;  // later
@@ -197,10 +198,10 @@ inline void run_block(uint32_t index, uint32_t grid, uint32_t threads, uint32_t 
       b.current = thread;
       swapcontext(&b.scheduler, &t.context);
       if (!b.error.empty()) throw std::runtime_error(b.error);
-      if (!b.copies.empty() && !b.extreme && b.random() % 64 == 0) run_copy();
+      if (!b.copies.empty() && b.order == 0 && b.random() % 1024 == 0) run_copy();
     }
     if (!running) break;
-    if (!b.copies.empty() && (!progress || (!b.extreme && b.random() % 4 == 0))) {
+    if (!b.copies.empty() && (!progress || (b.order == 0 && b.random() % 64 == 0))) {
       run_copy();
     } else {
       require(progress || !wait_for_slow, "deadlock: every thread waits");
