@@ -160,6 +160,7 @@ def _conv1x1_dgrad_kernel(
         store_sums(sums_row_ptr, tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32), cols, gemm_n)
     for row0 in tl.range(start, stop, BLOCK_M, disable_licm=True):
         valid_rows = row0 + row < stop
+        present_rows = tl.minimum(row, stop - row0 - 1)
         tile_start = tl.cast(row0, tl.int64) * gemm_n
         if WHOLE_DEPTH:
             depth = tl.arange(0, BLOCK_K)
@@ -208,7 +209,7 @@ def _conv1x1_dgrad_kernel(
                     bits_ptr = None
                     if addend_mask_ptr is not None:
                         bits_ptr = addend_mask_ptr + tl.cast(row0, tl.int64) * ((gemm_n + 7) // 8)
-                    acc += load_rows(addend_ptr + tile_start, bits_ptr, row, valid_rows, cols, gemm_n)
+                    acc += load_rows(addend_ptr + tile_start, bits_ptr, present_rows, valid_rows, cols, gemm_n)
                 else:
                     rows = row0 + row
                     image = rows // (out_h * out_w)
@@ -366,6 +367,8 @@ def launch_conv1x1_dgrad(grad, w, geometry, input_hw, relu_of, addend, addend_st
     if relu_of is not None:
         require_deferred("relu_of", relu_of)
         require_like("relu_of", relu_of.c, dx)
+        if relu_of.bn is None:
+            raise ValueError("relu_of has no BatchNorm, whose sums are asked for")
     if addend is not None:
         require_addend(addend, addend_stride, dx)
     sums = _launch_dgrad(

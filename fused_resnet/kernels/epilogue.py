@@ -174,13 +174,12 @@ def load_bits(mask_ptr, rows, cols, channels):
 
 @triton.jit
 def load_rows(ptr, mask_ptr, rows, valid_rows, cols, channels):
-    """Values [M, N] fp32 at ``rows`` [M], 0 out of range and where their bit of `store_mask` is off (None: all on)."""
+    """Values [M, N] fp32 at ``rows`` [M], which must be there; 0 where ``valid_rows`` [M] says so, beyond the last
+    channel, and where the bit of `store_mask` is off (mask_ptr None: all are on)."""
     valid = valid_rows[:, None] & (cols < channels)[None, :]
     values = tl.load(ptr + (rows[:, None] * channels + cols[None, :]), mask=valid, other=0.0).to(tl.float32)
     if mask_ptr is not None:
-        byte = rows[:, None] * ((channels + 7) // 8) + (cols // 8)[None, :]
-        packed = tl.load(mask_ptr + byte, mask=valid, other=0)
-        values = tl.where(((packed >> (cols % 8).to(tl.uint8)[None, :]) & 1) != 0, values, 0.0)
+        values = tl.where(load_bits(mask_ptr, rows, cols, channels), values, 0.0)
     return values
 
 
@@ -191,7 +190,7 @@ def load_addend(ptr, mask_ptr, image, h, w, valid_rows, cols, in_h, in_w, channe
     own_h = (in_h + STRIDE - 1) // STRIDE
     own_w = (in_w + STRIDE - 1) // STRIDE
     pixel = (image * own_h + h // STRIDE).to(tl.int64) * own_w + w // STRIDE
-    return load_rows(ptr, mask_ptr, pixel, on_grid, cols, channels)
+    return load_rows(ptr, mask_ptr, tl.where(valid_rows, pixel, 0), on_grid, cols, channels)
 
 
 @triton.jit

@@ -26,6 +26,8 @@ def output_tiles(problem: Problem, config: TileConfig) -> int:
         rows, columns = problem.k, problem.gemm_k
     elif problem.op in ("moments", "cross_moments"):
         rows = problem.c
+    elif problem.op == "conv1x1_dgrad_moments":
+        columns = problem.c
     return -(-rows // config.block_m) * -(-columns // config.block_n)
 
 
