@@ -76,6 +76,15 @@ def test_the_first_of_equal_values_wins(shape, dtype, generator, device):
         assert (best == 0).any()
 
 
+def test_values_are_rounded_before_they_are_compared(generator, device):
+    """2050.25 and 2050.5 are one number in fp16: the first wins, not the larger."""
+    c = torch.randint(1, 3, (2, 8, 7, 6), generator=generator).to(device, torch.float16) / 4
+    bn = torch.tensor([0.0, 1.0, 1.0, 2050.0, 0.0], device=device).view(5, 1).expand(5, 8).contiguous()
+    a = Deferred(c.to(memory_format=torch.channels_last), bn)
+    y, index = pool.launch_bn_act_pool(a, PLAN)
+    assert (y == 2050).all() and torch.equal(index, reference.bn_act_pool(a)[1])
+
+
 def test_a_nan_wins_its_windows(generator, device):
     a = quantised((2, 35, 7, 6), torch.float32, generator, device)
     a.c[torch.rand(a.c.shape, generator=generator) < 0.1] = float("nan")

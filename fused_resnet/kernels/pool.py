@@ -94,6 +94,11 @@ def _bn_act_pool_backward_kernel(
     cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     start = chunk * chunk_blocks
     stop = tl.minimum(start + chunk_blocks, blocks)
+    sums_row_ptr = sums_ptr + chunk.to(tl.int64) * 2 * channels + cols
+    if start >= blocks:
+        tl.store(sums_row_ptr, tl.zeros((BLOCK_N,), dtype=tl.float32), mask=cols < channels)
+        tl.store(sums_row_ptr + channels, tl.zeros((BLOCK_N,), dtype=tl.float32), mask=cols < channels)
+        return
     scale = load_vector(bn_ptr, BN_SCALE, channels, cols)
     shift = load_vector(bn_ptr, BN_SHIFT, channels, cols)
     mean = load_vector(bn_ptr, BN_MEAN, channels, cols)
@@ -129,9 +134,8 @@ def _bn_act_pool_backward_kernel(
             tl.store(g_ptr + pixels[k], g.to(g_ptr.dtype.element_ty), mask=inside[k])
             total_g += g
             total_x += g * ((c - mean[None, :]) * rstd[None, :])
-    row_ptr = sums_ptr + chunk.to(tl.int64) * 2 * channels + cols
-    tl.store(row_ptr, tl.sum(total_g, axis=0), mask=cols < channels)
-    tl.store(row_ptr + channels, tl.sum(total_x, axis=0), mask=cols < channels)
+    tl.store(sums_row_ptr, tl.sum(total_g, axis=0), mask=cols < channels)
+    tl.store(sums_row_ptr + channels, tl.sum(total_x, axis=0), mask=cols < channels)
 
 
 def _pooled_hw(c, bn) -> tuple[int, int]:

@@ -131,6 +131,13 @@ def _fold_rows(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.sum(tl.reshape(x, (BLOCK_M // 16, 2, 8, BLOCK_N)), axis=1)
 
 
+@triton.jit
+def _store_statistics(row_ptr, count, mean, m2, cols, channels):
+    tl.store(row_ptr, count, mask=cols < channels)
+    tl.store(row_ptr + channels, mean, mask=cols < channels)
+    tl.store(row_ptr + 2 * channels, m2, mask=cols < channels)
+
+
 @triton.jit(do_not_specialize=["gemm_m", "in_h", "in_w", "out_h", "out_w", "chunk_pixels"])
 def _stem_fwd_kernel(
     x_ptr,  # [pixels in, CHANNELS]
@@ -170,6 +177,12 @@ def _stem_fwd_kernel(
     cols = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     start = chunk * chunk_pixels
     stop = tl.minimum(start + chunk_pixels, gemm_m)
+    if partials_ptr is not None:
+        row_ptr = partials_ptr + chunk.to(tl.int64) * 3 * gemm_n + cols
+        if start >= gemm_m:  # a row of statistics that no pixel is left for: not worth its weight
+            zeros = tl.zeros((BLOCK_N,), dtype=tl.float32)
+            _store_statistics(row_ptr, zeros, zeros, zeros, cols, gemm_n)
+            return
     weight = _load_weight(w_ptr, cols, gemm_n, R, S, CHANNELS, BLOCK_K)
     pivot = tl.zeros((BLOCK_N,), dtype=tl.float32)
     total = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), dtype=tl.float32)
@@ -219,13 +232,11 @@ def _stem_fwd_kernel(
             acc = relu(acc)
         tl.store(out_ptr + elements, acc.to(out_ptr.dtype.element_ty), mask=valid)
     if partials_ptr is not None:
-        count = tl.maximum(stop - start, 0).to(tl.float32)
-        shift = tl.sum(tl.sum(total, axis=1), axis=0) / tl.maximum(count, 1.0)
+        count = tl.zeros_like(pivot) + (stop - start).to(tl.float32)
+        shift = tl.sum(tl.sum(total, axis=1), axis=0) / count
         m2 = tl.sum(tl.sum(squares, axis=1), axis=0) - shift * shift * count
-        row_ptr = partials_ptr + chunk.to(tl.int64) * 3 * gemm_n + cols
-        tl.store(row_ptr, tl.zeros_like(pivot) + count, mask=cols < gemm_n)
-        tl.store(row_ptr + gemm_n, pivot + shift, mask=cols < gemm_n)
-        tl.store(row_ptr + 2 * gemm_n, tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL), mask=cols < gemm_n)
+        m2 = tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        _store_statistics(row_ptr, count, pivot + shift, m2, cols, gemm_n)
 
 
 @triton.jit
