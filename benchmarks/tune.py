@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         print("tuning needs a CUDA device; --dry-run sm90 lists the problems without one", file=sys.stderr)
         return 2
     options = arguments.models, arguments.batches, arguments.dtypes, arguments.modes, arguments.size
-    tasks = tuning.collect(runs(*options))
+    tasks = tuning.collect(runs(*options)) + [task for run in runs(*options) for task in tuning.stages(*run)]
     if arguments.dry_run:
         return _dry_run(tasks, arguments.dry_run)
     with tuning.conditions():

@@ -320,6 +320,14 @@ class FusedConvBNAct(nn.Module):
         return self.act(out if residual is None else out + residual)
 
 
+def stage_convolutions(stage: nn.Sequential) -> list[tuple[Tensor, Geometry]] | None:
+    """(weight, geometry) of each convolution of a stage's first block; None for other modules in a row than blocks."""
+    if not all(isinstance(block, FusedBlock) for block in stage) or not len(stage):
+        return None
+    first = (stage[0]._modules[conv] for conv, _, _ in stage[0].LAYERS)
+    return [(c.weight, Geometry(c.stride, c.padding, c.dilation, c.groups)) for c in first]
+
+
 def run_in_parts(stage: nn.Sequential, x: Tensor, images: int) -> Tensor:
     """stage(x), that many images at a time; the parts' outputs go into one tensor while they are in the cache."""
     out = None
@@ -336,10 +344,11 @@ def forward_stage(stage: nn.Sequential, x: Tensor) -> Tensor:
     where that was measured to be faster; BatchNorm with batch statistics forbids it."""
     # A tracer's own tensors stay whole: their batch size may be a symbol.
     plain = type(x) is Tensor and not torch.compiler.is_compiling() and x.dim() == 4
-    if not plain or stage.training or torch.is_grad_enabled() or not isinstance(stage[0], FusedBlock):
+    if not plain or stage.training or torch.is_grad_enabled():
         return stage(x)
-    first = (stage[0]._modules[conv] for conv, _, _ in stage[0].LAYERS)
-    convolutions = [(c.weight, Geometry(c.stride, c.padding, c.dilation, c.groups)) for c in first]
+    convolutions = stage_convolutions(stage)
+    if convolutions is None:
+        return stage(x)
     images = ops.part_of_stage(planning.current_impl(), x, convolutions, len(stage))
     if not 0 < images < x.shape[0] or any(m.training or _touched(m) is not None for m in stage.modules()):
         return stage(x)

@@ -127,13 +127,17 @@ def plan_block(name: str, impl: str, x: Tensor, convolutions: list[tuple[Tensor,
     return planning.plan_block(problem, device_of(x, impl), impl)
 
 
+def stage_problem(x: Tensor, convolutions: list[tuple[Tensor, Geometry]], depth: int) -> Problem:
+    """The schedule of a stage of `depth` blocks in inference, the first one with these convolutions."""
+    return _block_problem(planning.STAGE_OP, x, convolutions, f"inference {depth}")
+
+
 def part_of_stage(impl: str, x: Tensor, convolutions: list[tuple[Tensor, Geometry]], depth: int) -> int:
-    """How many images a stage of `depth` blocks, the first one with these convolutions, takes at once in inference;
-    0: all."""
+    """How many images such a stage takes at once; 0: all."""
     device = device_of(x, impl) if _recorder is None else _record_device
     if device is None:
         return 0
-    problem = _block_problem(planning.STAGE_OP, x, convolutions, f"inference {depth}")
+    problem = stage_problem(x, convolutions, depth)
     chosen = planning.plan_stage(problem, device, impl)
     if chosen.backend == "library":
         return 0

@@ -10,6 +10,7 @@ and the next one goes on where it stopped.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import importlib
 import json
@@ -29,7 +30,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import ops, plan, precompile, reference, trials, tuned
+from . import modules, ops, plan, precompile, reference, trials, tuned
 from .explain import describe
 from .plan import Device, Measured, Plan, Problem, Work
 from .tracing import LayerTracker, run_on_meta
@@ -120,6 +121,27 @@ def collect(runs: Iterable[tuple[nn.Module, Tensor]]) -> list[Task]:
             total, layers = collector.work(block), collector.counts[block]
             order[block] = Work(total.flop // layers, total.bytes // layers)
     return [Task(p, collector.calls.get(p), collector.layers[p], collector.counts[p], order[p]) for p in order]
+
+
+def stages(model: nn.Module, x: Tensor) -> list[Task]:
+    """The schedules of a model's stages on an input like x, in inference; none for a model in training mode.
+
+    Stages are rows of fused blocks among the model's own children, as torchvision's ResNet has them.
+    """
+    rows = {} if model.training else {n: m for n, m in model.named_children() if isinstance(m, nn.Sequential)}
+    convolutions = {name: modules.stage_convolutions(stage) for name, stage in rows.items()}
+    inputs: dict[str, Tensor] = {}
+    hooks = [m.register_forward_pre_hook(lambda _, a, name=n: inputs.update({name: a[0]})) for n, m in rows.items()]
+    try:
+        run_on_meta(model, x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [
+        Task(ops.stage_problem(inputs[name], found, len(rows[name])), Call(rows[name], (inputs[name],)), name)
+        for name, found in convolutions.items()
+        if found is not None and name in inputs
+    ]
 
 
 def launcher(chosen: Plan) -> Callable:
@@ -334,6 +356,30 @@ def measure_block(
     return Outcome(plan.table_entry(task.problem, us), rejected)
 
 
+def measure_stage(
+    task: Task,
+    timer: Callable[..., float],
+    on: str = "cuda",
+    graphed: Callable[[Callable[[], object]], Callable[[], object]] = graphed,
+) -> Outcome:
+    """Time a stage on the whole batch, and in parts of 8, 16, 32 and 64 images."""
+    (like,) = task.call.arguments
+    stage = copy.deepcopy(task.call.operator).to_empty(device=on).to(memory_format=torch.channels_last).eval()
+    for module in stage.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.to(like.dtype).weight)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+    x = torch.randn(like.shape, device=on).to(like.dtype, memory_format=torch.channels_last)
+    in_graph = task.problem.epilogue.startswith(plan.GRAPH)
+    us = {}
+    with torch.no_grad(), plan.replayed() if in_graph else nullcontext():
+        for images in (0, *(part for part in (8, 16, 32, 64) if part < like.shape[0])):
+            run = partial(modules.run_in_parts, stage, x, images) if images else partial(stage, x)
+            us[str(images) if images else "library"] = timer(graphed(run) if in_graph else run)
+    return Outcome(plan.table_entry(task.problem, us), [])
+
+
 class Bench:
     """The current CUDA device as a place to measure on."""
 
@@ -342,8 +388,10 @@ class Bench:
         self.timer = Timer()
 
     def measure(self, task: Task) -> Outcome:
-        """`measure_operator` or `measure_block`."""
+        """`measure_operator`, `measure_block` or `measure_stage`."""
         try:
+            if task.problem.op == plan.STAGE_OP:
+                return measure_stage(task, self.timer)
             if task.call is None:
                 return measure_operator(task.problem, self.device, self.timer)
             return measure_block(task, self.device, self.timer)
@@ -488,7 +536,8 @@ def tune(
     if tuned.folder() is None:
         raise RuntimeError("tune: FUSED_RESNET_PLANS is empty, which says that there is no folder for tuned plans")
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else example.dtype
-    tasks = collect([(model, torch.empty_like(example, dtype=dtype, device="meta"))])
+    x = torch.empty_like(example, dtype=dtype, device="meta")
+    tasks = collect([(model, x)]) + stages(model, x)
     if not tasks:
         raise ValueError("model: nothing in it is fused; fused_resnet.explain(model, example) says why")
     with torch.cuda.device(example.device if example.is_cuda else torch.cuda.current_device()), conditions():

@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 import fused_resnet
-from fused_resnet import modules, ops, plan
+from fused_resnet import modules, ops, plan, tuning
 from fused_resnet.plan import Device, Problem, TileConfig, dump_table, load_table, plan_for, plan_stage, table_entry
 
 H100 = Device.default(90)
@@ -134,3 +134,44 @@ def test_an_operator_of_a_chain_without_a_measurement(tables):
     assert (chosen.backend, chosen.reason) == ("triton", "not measured on sm90; tile from the heuristic")
     double = plan_for(replace(NEAR, dtype="float64"), H100, "auto")
     assert double.backend == "library" and "float64" in double.reason
+
+
+def test_tuning_states_and_times_the_schedules_that_run(tables, monkeypatch):
+    """The problems are those that a forward asks for, and what was fastest is what it then does."""
+    model = _resnet()
+    tasks = tuning.stages(model, torch.empty(20, 3, 32, 32, device="meta"))
+    assert [task.layer for task in tasks] == ["layer1", "layer2", "layer3", "layer4"]
+    assert tasks[0].problem == Problem(
+        plan.STAGE_OP,
+        20,
+        8,
+        8,
+        64,
+        256,
+        3,
+        3,
+        (1, 1),
+        (1, 1),
+        dtype="float32",
+        epilogue="inference 2 1x1-64 3x3-64 1x1-256",
+    )
+    assert tuning.stages(model.train(), torch.empty(20, 3, 32, 32, device="meta")) == []
+    ran = []
+
+    def timer(run):
+        ran.append(run())
+        return 10.0 - len(ran)
+
+    entry, rejected = tuning.measure_stage(tasks[0], timer, "cpu")
+    assert entry == table_entry(tasks[0].problem, {"library": 9.0, "8": 8.0, "16": 7.0}) and not rejected
+    for parts in ran[1:]:
+        torch.testing.assert_close(parts, ran[0], rtol=1e-4, atol=1e-5)
+    dump_table(tables / "sm90.json", 90, {}, [entry])
+    plan.forget_tables()
+    monkeypatch.setattr(ops, "device_of", lambda x, impl: H100)
+    asked = []
+    run = modules.run_in_parts
+    monkeypatch.setattr(modules, "run_in_parts", lambda stage, x, images: asked.append(images) or run(stage, x, images))
+    with torch.no_grad():
+        model.eval()(torch.randn(20, 3, 32, 32))
+    assert asked == [16]
