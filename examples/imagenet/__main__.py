@@ -311,23 +311,22 @@ def _run(options, device: torch.device) -> int:
         if first:
             print(complaint, file=sys.stderr)
         return 2
-    if options.evaluate:
-        accuracy = trainer.evaluate()
-        if first:
-            print(f"top-1 {accuracy['top1']:.2%}, top-5 {accuracy['top5']:.2%}")
-        return 0
-    if options.tensorboard and first:
-        from torch.utils.tensorboard import SummaryWriter
-
-        trainer.writer = SummaryWriter(str(options.output), purge_step=trainer.steps_done + 1)
     try:
+        if options.evaluate:
+            accuracy = trainer.evaluate()
+            if first:
+                print(f"top-1 {accuracy['top1']:.2%}, top-5 {accuracy['top5']:.2%}")
+            return 0
+        if options.tensorboard and first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            trainer.writer = SummaryWriter(str(options.output), purge_step=trainer.steps_done + 1)
         trainer.fit()
     except Stopped:
         if first:
             print(f"SIGTERM: stopped after step {trainer.steps_done}; --resume continues")
     finally:
-        if trainer.writer is not None:
-            trainer.writer.close()
+        trainer.close()
     return 0
 
 

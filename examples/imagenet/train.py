@@ -175,6 +175,16 @@ class Trainer:
             checkpoint.save(self.options.output, self.steps_done, state)
         self._saved = self.steps_done
 
+    def close(self) -> None:
+        """Let go of what must go before the process group; the trainer is of no use afterwards.
+
+        DDP holds the group. Freed last, in a traceback for example, it would join the group's threads with the
+        interpreter's lock held, which these may be waiting for.
+        """
+        self.ddp = None
+        if self.writer is not None:
+            self.writer.close()
+
     def _settle_buckets(self) -> None:
         """Let DDP do now what it does after its first backward: order its buckets as gradients become ready.
 
