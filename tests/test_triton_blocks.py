@@ -58,11 +58,12 @@ def _fused(block, x, scheme):
     return fused_resnet.residual_block(x, units, shortcut, scheme=scheme)
 
 
-def _run(forward, block, x):
+def _run(forward, block, x, keep=None):
+    """Output, gradients and buffers, for a random gradient of the output, zero where not to be kept."""
     x = x.clone().requires_grad_()
     out = forward(block, x)
     gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(6)).to(out.device, out.dtype)
-    out.backward(gradient)
+    out.backward(gradient if keep is None else gradient * keep)
     return [out.detach(), x.grad, *(p.grad for p in block.parameters()), *block.buffers()]
 
 
@@ -94,12 +95,14 @@ def test_block_through_the_kernels(shape, scheme, training, dtype, device, monke
     x = torch.randn(2, SHAPES[shape][1], 5, 6, generator=generator).to(device, dtype)
     x = x.to(memory_format=torch.channels_last)
     blocks = [copy.deepcopy(block) for _ in range(3)]
+    # At 16 bit rounding may switch a ReLU at its edge, and one of these few outputs would outweigh all rounding.
+    keep = None if dtype == torch.float32 else copy.deepcopy(block).double()(x.double()) > 0.05
     with fused_resnet.use("reference"):
-        peer = _run(lambda b, v: _fused(b, v, scheme), blocks[0], x)
-    judge = _run(lambda b, v: b(v), blocks[1].double(), x.double())
+        peer = _run(lambda b, v: _fused(b, v, scheme), blocks[0], x, keep)
+    judge = _run(lambda b, v: b(v), blocks[1].double(), x.double(), keep)
     seen = _used(monkeypatch)
     with fused_resnet.use("triton"):
-        got = _run(lambda b, v: _fused(b, v, scheme), blocks[2], x)
+        got = _run(lambda b, v: _fused(b, v, scheme), blocks[2], x, keep)
     assert seen and {backend for _, backend in seen} == {"triton"}
     assert ("conv1x1_join", "triton") in seen if scheme == "moments" else ("bn_join", "triton") in seen
     assert_within_budget(got[0].float(), judge[0].double(), peer[0].float(), "output")
@@ -107,9 +110,10 @@ def test_block_through_the_kernels(shape, scheme, training, dtype, device, monke
         if not a.is_floating_point():
             assert torch.equal(a, b)
         elif dtype == torch.float32:
-            assert_within_budget(a, b, c, f"result {i}")
-    # At 16 bit, a ReLU that rounding switches, in the kernels or in the reference, changes single gradients by more
-    # than rounding: their norm over all of them is compared.
+            # Weights have no border pixels.
+            assert_within_budget(*(t.flatten() if i > 1 else t for t in (a, b, c)), f"result {i}")
+    # An inner ReLU that rounding switches changes single gradients by more than rounding, too: their norm over all of
+    # them is compared.
     a, b, c = (torch.cat([t.double().flatten() for t in r[1:] if t.is_floating_point()]) for r in (got, judge, peer))
     assert (a - b).norm() <= 2 * ((c - b).norm() + torch.finfo(dtype).eps * b.norm())
 
