@@ -114,7 +114,8 @@ def test_block_through_the_kernels(shape, scheme, training, dtype, device, monke
             if not a.is_floating_point():
                 assert torch.equal(a, b)
             elif dtype == torch.float32:
-                assert_within_budget(a, b, c, f"result {i}")
+                # Weights have no border pixels.
+                assert_within_budget(*(t.flatten() if i > 1 else t for t in (a, b, c)), f"result {i}")
         results = (got, judge, peer)
         a, b, c = (torch.cat([t.double().flatten() for t in r[1:] if t.is_floating_point()]) for r in results)
         errors.append(((a - b).norm() / b.norm(), (c - b).norm() / b.norm()))
