@@ -1,6 +1,7 @@
 """The contenders: a name, and how to build its training step or inference call. Each is optional: `Absent` says why.
 
-All of them run under autocast (fp32: without) with cuDNN's own search on, so that the library is at its best.
+They train under autocast and infer with weights and images of the case's dtype (fp32: plain), with cuDNN's own search
+on, so that the library is at its best.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class Case(NamedTuple):
     device: str
 
     def images(self, layout: torch.memory_format = torch.channels_last) -> Tensor:
-        """Random images, fp32 as a data loader delivers them."""
+        """Random images: for training in fp32, as a data loader delivers them."""
         x = torch.randn(self.batch, 3, self.size, self.size, device=self.device)
-        return x.to(memory_format=layout)
+        return x.to(torch.float32 if self.mode == "training" else DTYPES[self.dtype], memory_format=layout)
 
     def autocast(self):
         """Autocast to the case's dtype, nothing for fp32."""
@@ -66,6 +67,11 @@ def timm_model(name: str) -> nn.Module:
 
 def _prepare(model: nn.Module, case: Case, layout: torch.memory_format = torch.channels_last) -> nn.Module:
     model = model.to(case.device, memory_format=layout)
+    if case.mode == "inference":
+        # As one deploys it: autocast would cast the weights anew in each forward. BatchNorms stay fp32.
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.to(DTYPES[case.dtype])
     return model.train(case.mode == "training")
 
 
@@ -81,7 +87,7 @@ def _step(
     if case.mode == "inference":
 
         def infer() -> Tensor:
-            with torch.inference_mode(), case.autocast():
+            with torch.inference_mode():
                 return model(x)
 
         return infer
@@ -105,8 +111,7 @@ def _graphed(model: nn.Module, case: Case) -> Callable[[], Tensor]:
         raise Absent("CUDA graphs need a CUDA device")
     x = case.images()
     if case.mode == "inference":
-        with case.autocast():
-            captured = fused_resnet.capture(model, x)
+        captured = fused_resnet.capture(model, x)
         return lambda: captured(x)
     if case.dtype == "fp16":
         raise Absent("a captured step has no loss scaler, which float16 needs")

@@ -175,7 +175,7 @@ def test_layers_of_a_small_network(tmp_path, capsys):
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
         assert row["tflop_per_s"] == pytest.approx(row["flop"] / row["median_ms"] / 1e9)
         assert row["roofline_share"] > 0
-    stem = next(row for row in rows if row["operator"] == "conv_affine" and "7x7" in row["problem"])
+    stem = next(row for row in rows if row["operator"] == "conv_affine_pool" and "7x7" in row["problem"])
     assert stem["flop"] == 2 * 2 * 16 * 16 * 64 * 3 * 49
     blocks = [row for row in rows if row["operator"] == "residual_block"]
     assert {row["contender"] for row in blocks} >= {"library"} and len({row["contender"] for row in blocks}) > 1
