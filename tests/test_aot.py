@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from fused_resnet.plan import MODELS, Device, Problem, Unsupported, gemm_smem, model_problems, stem_smem, triton_plan
+from fused_resnet.plan import FAMILIES, MODELS, Device, Problem, Unsupported, model_problems, triton_plan
 from fused_resnet.reference import Deferred, Frozen, Geometry, Gradient, Running
 
 pytest.importorskip("triton")
@@ -174,9 +174,7 @@ def verdicts(compiled, specs, limit):
             yield f"{name}: {result.stack} bytes of stack, {result.registers} registers"
         if result.shared > limit:
             yield f"{name}: {result.shared} bytes of shared memory, limit {limit}"
-        if "BLOCK_K" in config and result.shared > gemm_smem(problem, plan.config):
-            yield f"{name}: {result.shared} bytes of shared memory, estimated {gemm_smem(problem, plan.config)}"
-        estimate = (stem_smem if plan.module == "stem" else gemm_smem)(problem, plan.config)
+        (estimate,) = (family.smem(problem, plan.config) for family in FAMILIES if family.module == plan.module)
         if "BLOCK_K" in config and result.shared > estimate:
             yield f"{name}: {result.shared} bytes of shared memory, estimated {estimate}"
         if "BLOCK_K" in config and not result.tensor_core:

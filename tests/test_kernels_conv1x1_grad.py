@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,7 +11,7 @@ from fused_resnet.reference import Deferred, Geometry, Gradient
 from fused_resnet.testing import as_double, assert_within_budget, random_activation, random_bn, random_weight
 
 kernels = pytest.importorskip("fused_resnet.kernels.conv1x1_grad", reason="needs Triton", exc_type=ImportError)
-tl = pytest.importorskip("triton.language")
+from far import Far, run_program  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("poison", "no_tf32"),
@@ -303,50 +302,13 @@ def test_nan_in_nan_out(samples):
     assert dx[1, :, 0, 0].isnan().all() and dx.isnan().sum() == 35
 
 
-class _Far:
-    """A tensor whose elements lie ``elements`` behind the address that the interpreter is given for it."""
-
-    def __init__(self, tensor, elements):
-        self.tensor, self.elements, self.dtype = tensor, elements, tensor.dtype
-
-    def data_ptr(self):
-        return self.tensor.data_ptr() - self.elements * self.tensor.element_size()
-
-    def _self(self, *args, **kwargs):
-        return self
-
-    # The interpreter copies arguments to the host and back. These are there.
-    untyped_storage = cpu = new_empty = set_ = copy_ = _self
-
-    def storage_offset(self):
-        return 0
-
-    size = stride = storage_offset
-
-
-def _run_program(program, kernel, monkeypatch, **arguments):
-    """Run one program of a grid whose tensors would fill terabytes; tensors not named are absent.
-
-    An address that overflows 32 bits raises an error.
-    """
-    from triton.runtime import interpreter
-
-    checking = replace(interpreter.interpreter_builder.options, debug=True)
-    monkeypatch.setattr(interpreter.interpreter_builder, "options", checking)
-    handle = interpreter.TensorHandle(np.array([program], dtype=np.int32), tl.int32)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", lambda self, axis: handle)
-    tensors = dict.fromkeys(name for name in kernel.arg_names if name.endswith("_ptr"))
-    tile = {"INPUT_PRECISION": "ieee", "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16}
-    kernel[(1,)](**(tensors | tile | arguments))
-
-
 def _far_rows(x, row):
     """An activation whose first pixel is number ``row``."""
-    return _Far(x, row * x.shape[1])
+    return Far(x, row * x.shape[1])
 
 
 def _far_bits(mask, row):
-    return _Far(mask, row * mask.shape[-1])
+    return Far(mask, row * mask.shape[-1])
 
 
 def _dgrad_sizes(row, out, gemm_k, **constants):
@@ -365,7 +327,7 @@ if not torch.cuda.is_available():
         grad, w, relu_of = s.gradient("deferred, masked", 1, 40, 1, 11), s.weight(40, 24), s.deferred(1, 24, 1, 11)
         addend = s.addend(1, True, 1, 24, 1, 11)
         dx, sums = torch.empty_like(relu_of.c), torch.empty(1, 2, 24)
-        _run_program(
+        run_program(
             row // 16,
             kernels._conv1x1_dgrad_kernel,
             monkeypatch,
@@ -379,7 +341,7 @@ if not torch.cuda.is_available():
             addend_ptr=_far_rows(addend.g, row),
             addend_mask_ptr=_far_bits(addend.mask, row),
             dx_ptr=_far_rows(dx, row),
-            sums_ptr=_Far(sums, row // 16 * 48),
+            sums_ptr=Far(sums, row // 16 * 48),
             **_dgrad_sizes(row, dx, 40),
         )
         args = grad, w, Geometry(), (1, 11), relu_of, addend, 1
@@ -390,7 +352,7 @@ if not torch.cuda.is_available():
         s, image = samples(), 100_000_000
         grad, w, addend = s.gradient("written", 1, 40, 4, 4), s.weight(40, 24), s.addend(2, True, 1, 24, 4, 4)
         dx, row = torch.empty_like(s.map(1, 24, 4, 4)), image * 16
-        _run_program(
+        run_program(
             row // 16,
             kernels._conv1x1_dgrad_kernel,
             monkeypatch,
@@ -409,7 +371,7 @@ if not torch.cuda.is_available():
         a, dout = s.deferred(2, 24, 3, 5, prologue=False), s.map(2, 40, 2, 3)
         w_g, w_a, w_1 = s.weight(40, 24).flatten(1), s.weight(24, 24).flatten(1), torch.ones(24)
         da, row = torch.empty_like(s.map(2, 24, 2, 3)), image * 6
-        _run_program(
+        run_program(
             row // 16,
             kernels._conv1x1_dgrad_kernel,
             monkeypatch,
@@ -430,7 +392,7 @@ if not torch.cuda.is_available():
         grad = s.gradient("deferred, masked", 2, 12, 2, 3)
         a = s.deferred(2, 24, *((2, 3) if stride == 1 else (3, 5)))
         dw, row, pixels = torch.empty(12, 24), image * 6, a.c.shape[2] * a.c.shape[3]
-        _run_program(
+        run_program(
             row // 16,
             kernels._conv1x1_wgrad_kernel,
             monkeypatch,
@@ -440,7 +402,7 @@ if not torch.cuda.is_available():
             mask_ptr=_far_bits(grad.mask, row),
             c_ptr=_far_rows(grad.c, row),
             coef_ptr=grad.coef,
-            dw_ptr=_Far(dw, row // 16 * 12 * 24),
+            dw_ptr=Far(dw, row // 16 * 12 * 24),
             gemm_m=12,
             gemm_n=24,
             in_h=a.c.shape[2],

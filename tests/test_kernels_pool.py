@@ -10,6 +10,7 @@ from fused_resnet.reference import Deferred
 from fused_resnet.testing import MAP_SHAPES, as_double, assert_within_budget, random_activation, random_bn
 
 pool = pytest.importorskip("fused_resnet.kernels.pool", reason="needs Triton", exc_type=ImportError)
+from far import Far, run_program  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -166,6 +167,46 @@ def test_empty_batch(device):
     assert y.shape == index.shape == (0, 8, 3, 3)
     g, sums = pool.launch_bn_act_pool_backward(y, index, a, PLAN)
     assert g.shape == c.shape and (sums == 0).all()
+
+
+if not torch.cuda.is_available():
+    # Where kernels are compiled, these addresses would have to exist.
+
+    def test_more_than_2_31_elements(generator, monkeypatch):
+        """Four images of 4 x 4 pixels behind 100 million others: 16 windows, a tile and a chunk of them."""
+        a, image = quantised((4, 24, 4, 4), torch.float32, generator, "cpu"), 100_000_000
+        y, index = reference.bn_act_pool(a)
+        got, got_index = torch.empty_like(y), torch.empty_like(index)
+        sizes = {"channels": 24, "in_h": 4, "in_w": 4, "out_h": 2, "out_w": 2, "bn_ptr": a.bn}
+        far_c, windows = Far(a.c, image * 16 * 24), image * 4
+        run_program(
+            windows // 16,
+            pool._bn_act_pool_kernel,
+            monkeypatch,
+            c_ptr=far_c,
+            y_ptr=Far(got, windows * 24),
+            index_ptr=Far(got_index, windows * 24),
+            windows=windows + 16,
+            **sizes,
+        )
+        assert torch.equal(got, y) and torch.equal(got_index, index)
+        g, sums = torch.empty_like(a.c), torch.empty(1, 2, 24)
+        run_program(
+            windows // 16,
+            pool._bn_act_pool_backward_kernel,
+            monkeypatch,
+            dy_ptr=Far(y, windows * 24),
+            index_ptr=Far(index, windows * 24),
+            c_ptr=far_c,
+            g_ptr=Far(g, image * 16 * 24),
+            sums_ptr=Far(sums, windows // 16 * 2 * 24),
+            blocks=windows + 16,
+            chunk_blocks=16,
+            **sizes,
+        )
+        ref, ref_sums = reference.bn_act_pool_backward(y, index, a)
+        assert torch.equal(g, ref)
+        torch.testing.assert_close(sums, ref_sums, rtol=1e-5, atol=1e-5)
 
 
 def test_wrong_arguments_are_named(generator, device):

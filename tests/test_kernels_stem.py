@@ -19,6 +19,7 @@ from fused_resnet.testing import (
 )
 
 stem = pytest.importorskip("fused_resnet.kernels.stem", reason="needs Triton", exc_type=ImportError)
+from far import Far, run_program  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("poison", "no_tf32"),
@@ -283,6 +284,67 @@ def test_wrong_arguments_are_named(generator, device):
         stem.launch_stem_wgrad(Deferred(x), g._replace(mask=g.g), tuple(w.shape), geometry, case.gradient_plan)
     with pytest.raises(ValueError, match="grad is"):
         stem.launch_stem_wgrad(Deferred(x), g, (36, 3, 7, 7), geometry, case.gradient_plan)
+
+
+def far_sizes(**more):
+    """A 3x3 kernel on images of 4 x 4 pixels with four channels."""
+    pairs = {"STRIDE": 1, "PAD": 1, "DILATION": 1}
+    constants = {f"{name}_{axis}": value for name, value in pairs.items() for axis in "HW"}
+    sizes = dict.fromkeys(("in_h", "in_w", "out_h", "out_w"), 4)
+    return constants | sizes | {"R": 3, "S": 3, "CHANNELS": 4} | more
+
+
+if not torch.cuda.is_available():
+    # Where kernels are compiled, these addresses would have to exist.
+
+    def test_forward_of_more_than_2_31_elements(generator, monkeypatch):
+        """One image behind 100 million others."""
+        x = random_activation((1, 4, 4, 4), torch.float32, generator)
+        w, bn, geometry = random_weight((24, 4, 3, 3), x.dtype, generator), random_frozen(24, generator), Geometry()
+        geometry, image = geometry._replace(padding=(1, 1)), 100_000_000
+        frozen = dict(zip(("mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr", "eps"), bn))
+        near = far_sizes(x_ptr=Far(x, image * 64), w_ptr=w, gemm_n=24)
+        c, partials = torch.empty(1, 24, 4, 4).to(memory_format=torch.channels_last), torch.empty(1, 3, 24)
+        run_program(
+            image,
+            stem._stem_fwd_kernel,
+            monkeypatch,
+            out_ptr=Far(c, image * 16 * 24),
+            partials_ptr=Far(partials, image * 3 * 24),
+            eps=0.0,
+            gemm_m=image * 16 + 16,
+            chunk_pixels=16,
+            RELU=False,
+            **near,
+        )
+        ref, ref_partials = reference.conv_stats(Deferred(x), w, geometry)
+        torch.testing.assert_close((c, partials), (ref, ref_partials), rtol=1e-5, atol=1e-5)
+        y = torch.empty(1, 24, 2, 2).to(memory_format=torch.channels_last)
+        far_y = Far(y, image * 4 * 24)
+        run_program(
+            image, stem._stem_pool_kernel, monkeypatch, y_ptr=far_y, pool_h=2, pool_w=2, strip_rows=2, **frozen, **near
+        )
+        torch.testing.assert_close(y, reference.conv_affine_pool(x, w, bn, geometry), rtol=1e-5, atol=1e-5)
+
+    def test_wgrad_of_more_than_2_31_elements(generator, monkeypatch):
+        """The second chunk, of one image, behind a billion pixels."""
+        x, g = (random_activation((1, c, 4, 4), torch.float32, generator) for c in (4, 24))
+        dw, pixels = torch.empty(24, 3, 3, 4), 1_000_000_000
+        run_program(
+            3,
+            stem._stem_wgrad_kernel,
+            monkeypatch,
+            g_ptr=Far(g, pixels * 24),
+            parts_ptr=Far(dw, 24 * 36),
+            gemm_m=24,
+            channels=4,
+            pixels=pixels + 16,
+            chunk_pixels=pixels,
+            **far_sizes(x_ptr=Far(x, pixels * 4), BLOCK_N=16),
+        )
+        ref = reference.conv_wgrad(Deferred(x), Gradient(g), (24, 4, 3, 3), Geometry(padding=(1, 1)))
+        # The program's tile is the second of 16 output channels.
+        torch.testing.assert_close(dw[16:].permute(0, 3, 1, 2), ref[16:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2**11, 1, 2**10, 2**10), (1, 3, 1, 2**29)])

@@ -1,27 +1,29 @@
 """Convolution of images: up to four channels, a kernel of any extent, forward and weight gradient; a ResNet's stem.
 
-    forward      out[n, p, q, k] = sum_{r, s, c} x[n, p * stride - pad + r * dilation, q likewise + s, c] w[k, r, s, c]
-    statistics   out cast; partials[t] = (count, mean, M2) of the accumulators over chunk t of consecutive pixels
-    affine       out * scale + shift  [+ residual]  [relu], cast; of running statistics
-    pool         max over 3x3 windows, stride 2, padding 1, of relu(out * scale + shift), cast
-    gradient     dw[k, r, s, c] = sum_m g[m, k] x[patch of pixel m at (r, s), c]
+With rows m = (n, p, q) and a[m, (r, s, c)] = x[n, p * stride - pad + r * dilation, q * stride - pad + s * dilation, c],
+
+    acc[m, k] = sum_{r, s, c} a[m, (r, s, c)] w[k, r, s, c]           dw[k, r, s, c] = sum_m g[m, k] a[m, (r, s, c)]
+
+    statistics  c = acc, cast; partials[t] = (count, mean, M2) of acc over chunk t of consecutive pixels
+    affine      out = acc * scale + shift  [+ residual]  [relu], cast; scale and shift of running statistics
+    pool        y = max over 3x3 windows, stride 2, padding 1, of relu(acc * scale + shift), cast
 
 Three channels are too few for a tap to be a step in depth: padded to a dot's 16, a 7x7 kernel would be 784 deep instead
 of 147. But in channels_last memory the S taps of a kernel row are neighbours, so that the depth goes in R slices of
 S * C values, padded to a power of two: 224. A load is a pixel wide. Three channels of 16 bits start at any even byte,
-which makes every value a load of its own and the kernel one of instructions; so such an image, and its weight, are
-first copied to four channels: for a 224 x 224 image the pooled stem moves 1.5 MB with that copy, where 0.7 MB would do
-without, and 3.9 MB with its map in memory. The slices of the weight are loaded once by each program, and stay in shared
-memory while it goes through its pixels.
+which makes every value a load of its own, and twice as many instructions (compiled for sm_90); so such an image, and
+its weight, are first copied to four channels. For a 224 x 224 image the pooled stem moves 1.5 MB with that copy, where
+0.7 MB would do without, and 3.9 MB if it wrote the map. The slices of the weight are loaded once by each program, and
+stay in shared memory while it goes through its pixels.
 
-The pooled stem never writes the map that it pools, a quarter of which comes out. A product for each of the nine taps of
-a window would be the simplest: every maximum is elementwise then, for 2.25 times the products and the loads. A program
-here walks down a strip of pooled rows instead, keeping the maximum over rows as it goes, so that a row of the map is
-computed once, and one more per strip. Across, the first half of a tile holds the even columns of its windows and the
-second half the odd ones: they meet elementwise, too. What remains is the odd column to the left of a window, one row up
-in the tile: a `tl.gather` of the finished maxima, in the output's dtype, once for each pooled row. A tile of 64 has 31
-windows, so in all it computes 1.2 times the map. ReLU makes 0 the neutral element of the maximum: what a window has
-outside of the map is 0, and a NaN stays a NaN.
+The pooled stem never writes the map that it pools, and of which a quarter comes out. A product for each of the nine
+taps of a window would be the simplest: every maximum is elementwise then, for 2.25 times the products and the loads. A
+program here walks down a strip of pooled rows instead, keeping the maximum over rows as it goes, so that a row of the
+map is computed once, and one more per strip. Across, the first half of a tile holds the even columns of its windows and
+the second half the odd ones: they meet elementwise, too. What remains is the odd column to the left of a window, one
+row up in the tile: a `tl.gather` of the finished maxima, in the output's dtype, once for each pooled row. A tile of 64
+columns has 31 windows; of a map of 112 x 112 it all computes 1.2 times the pixels. ReLU makes 0 the neutral element of
+the maximum: what a window has outside of the map is 0, and a NaN stays a NaN.
 
 Products in the operands' dtype, fp32 accumulation; fp32 operands as TF32 if PyTorch's switch for convolutions says so.
 Bits do not depend on the grid: every output is written by one program, in a fixed order.

@@ -302,12 +302,19 @@ def _slice_depth(problem: Problem) -> int:
 
 
 def stem_smem(problem: Problem, config: TileConfig) -> int:
-    """`gemm_smem` of the stem's kernels: all slices of the depth at once, those of the weight without stages."""
+    """`gemm_smem` of the stem's kernels: all slices of the depth at once, those of the weight without stages.
+
+    Without stages the epilogue's change of layout takes the place of the slices; else it comes on top.
+    """
+    item, weight = ITEMSIZE[problem.dtype], 0
     if problem.op == "conv_wgrad":
-        values = config.num_stages * (config.block_m + problem.r * config.block_n) * config.block_k
+        slices = (config.block_m + problem.r * config.block_n) * config.block_k * item
     else:
-        values = (config.num_stages * config.block_m + config.block_n) * problem.r * config.block_k
-    return values * ITEMSIZE[problem.dtype] + config.block_m * config.block_n * 4 + 2048
+        slices = config.block_m * problem.r * config.block_k * item
+        weight = config.block_n * problem.r * config.block_k * item
+    exchange = config.block_m * config.block_n * 4
+    staged = max(slices, exchange) if config.num_stages == 1 else config.num_stages * slices + exchange
+    return weight + staged + 2048
 
 
 def _stem_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
@@ -432,6 +439,14 @@ _GEMM_TILES = tuple(
         (64, 64, 64, 4, 4), (128, 256, 64, 8, 3), (256, 64, 64, 8, 3), (64, 256, 64, 8, 3), (64, 64, 128, 4, 3),
     )
 )  # fmt: skip
+# Depths of a 7x7 kernel's rows; the gradient's have pixels last.
+_STEM_TILES = tuple(
+    TileConfig(*tile)
+    for tile in (
+        (64, 64, 32, 4, 1), (128, 64, 32, 4, 1), (64, 32, 32, 4, 1), (128, 32, 32, 4, 1), (64, 64, 32, 4, 2),
+        (128, 64, 32, 8, 1), (64, 32, 64, 4, 1), (64, 32, 64, 4, 2), (64, 32, 128, 4, 1), (64, 32, 64, 8, 1),
+    )
+)  # fmt: skip
 _MAP_TILES = tuple(
     TileConfig(m, n, 0, warps, 2)
     for m, n, warps in ((16, 64, 4), (32, 64, 4), (64, 64, 4), (32, 128, 4), (64, 128, 8), (128, 64, 8))
@@ -442,7 +457,8 @@ class Family(NamedTuple):
     """What planning knows of one file of Triton kernels.
 
     ``launches``: operator -> launch function in ``kernels/<module>.py``; ``unsupported``: its limits, as a reason or
-    None; ``heuristic``: its default tile; ``tiles``: what a tuner tries beside it.
+    None; ``heuristic``: its default tile; ``tiles``: what a tuner tries beside it; ``smem``: upper estimate of a GEMM's
+    shared memory.
     """
 
     module: str
@@ -450,6 +466,7 @@ class Family(NamedTuple):
     unsupported: Callable[[Problem, TileConfig | None, Device], str | None]
     heuristic: Callable[[Problem, Device], TileConfig]
     tiles: tuple[TileConfig, ...] = _GEMM_TILES
+    smem: Callable[[Problem, TileConfig], int] = gemm_smem
 
 
 FAMILIES = (
@@ -474,6 +491,8 @@ FAMILIES = (
         },
         _stem_unsupported,
         _stem_heuristic,
+        _STEM_TILES,
+        stem_smem,
     ),
     Family(
         "conv1x1_grad",
@@ -515,6 +534,7 @@ FAMILIES = (
         {"bn_act_pool": "launch_bn_act_pool", "bn_act_pool_backward": "launch_bn_act_pool_backward"},
         _elementwise_unsupported,
         _pool_heuristic,
+        _MAP_TILES,
     ),
     # Last: where a kernel of our own can run, asking for Triton means that one. A tile without depth asks for this.
     Family(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .families import gemm_smem
+from .families import family_of
 from .problem import Device, Problem, TileConfig
 
 # Threads that an SM holds at most; registers may allow fewer, which only the compiler knows.
@@ -15,7 +15,8 @@ def blocks_per_sm(problem: Problem, config: TileConfig, device: Device) -> int:
     blocks = _THREADS.get(device.arch, 2048) // (32 * config.num_warps)
     if config.block_k:
         # An SM has what one block may have at most, and the driver's part of that block.
-        blocks = min(blocks, (device.smem_bytes + _RESERVED) // (gemm_smem(problem, config) + _RESERVED))
+        smem = family_of(problem, config, device).smem(problem, config)
+        blocks = min(blocks, (device.smem_bytes + _RESERVED) // (smem + _RESERVED))
     return blocks
 
 
