@@ -25,6 +25,7 @@ from . import environment
 from .baselines import DTYPES
 
 MODES = ("training", "inference")
+KINDS = ("operators", "blocks", "stages")
 
 
 def runs(
@@ -40,12 +41,20 @@ def runs(
                     yield model, torch.empty(batch, 3, size, size, dtype=DTYPES[dtype], device="meta")
 
 
+def kind_of(task: tuning.Task) -> str:
+    """Which of `KINDS` a task is."""
+    if task.problem.op == plan.STAGE_OP:
+        return "stages"
+    return "operators" if task.call is None else "blocks"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", default=["resnet50"], choices=models.BUILDERS)
     parser.add_argument("--batches", nargs="+", type=int, default=[256])
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--only", choices=KINDS, help="blocks alone show within a minute or two what chains gain")
     parser.add_argument("--size", type=int, default=224, help="image height and width in pixels")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no problem is begun")
     parser.add_argument("--again", action="store_true", help="measure what the table has already, too")
@@ -84,8 +93,10 @@ def main(argv: list[str] | None = None) -> int:
         described = environment.describe()
         kept = ("card", "driver", "torch", "cuda", "cudnn", "triton", "date", "commit")
         origin = {"fused_resnet": fused_resnet.__version__} | {key: str(described[key]) for key in kept}
-        tuner = tuning.Tuner(bench.device, path, origin, {}, bench.measure, bench.ahead)
+        ahead = bench.ahead if arguments.only != "blocks" else lambda _: bench.chains_ahead(tasks)
+        tuner = tuning.Tuner(bench.device, path, origin, {}, bench.measure, ahead)
         work = list(tuning.in_graphs(tuning.with_kernels(tasks, bench.device)))
+        work = [task for task in work if arguments.only in (None, kind_of(task))]
         left = tuner.run(work, arguments.budget, arguments.again)
     return 0 if left == 0 else 3
 

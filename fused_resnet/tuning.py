@@ -404,6 +404,17 @@ class Bench:
     def ahead(self, tasks: list[Task]) -> AbstractContextManager:
         """Compile the candidates of these tasks in the background."""
         plans = ((task.problem, chosen) for task in tasks for chosen in alternatives(task.problem, self.device))
+        return self._compile(plans)
+
+    def chains_ahead(self, tasks: list[Task]) -> AbstractContextManager:
+        """Compile what the chains of blocks run by now: of each operator the measured tile, or the heuristic's."""
+        plans = []
+        for problem in (task.problem for task in tasks if task.call is None):
+            with suppress(plan.Unsupported):
+                plans.append((problem, plan.plan_for(problem, self.device, "triton")))
+        return self._compile(plans)
+
+    def _compile(self, plans: Iterable[tuple[Problem, Plan]]) -> AbstractContextManager:
         jobs = [(problem, chosen) for problem, chosen in plans if chosen.backend == "triton"]
         return precompile.workers(jobs, torch.cuda.current_device())
 

@@ -546,7 +546,14 @@ def card(home, shipped, monkeypatch):
         device = replace(H100, cuda_missing="not built")
         measure = staticmethod(lab.measure)
         ahead = staticmethod(lambda tasks: nullcontext())
+        compiled = []
 
+        def _compile(self, plans):
+            self.compiled += plans
+            return nullcontext()
+
+    Bench.chains_ahead = tuning.Bench.chains_ahead
+    lab.compiled = Bench.compiled
     monkeypatch.setattr(tuning, "Bench", Bench)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -720,6 +727,22 @@ def test_command_writes_the_table_of_the_card(card, tmp_path, monkeypatch):
     version = fused_resnet.__version__
     assert table["origin"] == {"fused_resnet": version} | {k: v for k, v in described.items() if k != "cpu"}
     assert len(table["entries"]) == len(set(card.measured)) > 50
+
+
+@pytest.mark.parametrize(
+    ("only", "ops_of"), [("blocks", {"residual_block", "stem"}), ("stages", {"residual_stage"}), ("operators", None)]
+)
+def test_command_measures_one_kind_alone(card, tmp_path, monkeypatch, only, ops_of):
+    described = dict.fromkeys(("card", "driver", "torch", "cuda", "cudnn", "triton", "date", "commit"), "known")
+    monkeypatch.setattr(command.environment, "describe", lambda: described)
+    options = ["--models", "resnet18", "--batches", "16", "--size", "64", "--modes", "inference"]
+    assert command.main([*options, "--only", only, "--out", str(tmp_path)]) == 0
+    measured = {problem.op for problem in card.measured}
+    assert measured == ops_of if ops_of else not measured & {"residual_block", "stem", "residual_stage"}
+    # Chains are compiled ahead of the blocks that run them, a kernel for each operator.
+    compiled = {problem.op: chosen for problem, chosen in card.compiled}
+    assert ("conv_affine" in compiled) == (only == "blocks")
+    assert all(chosen.backend == "triton" for chosen in compiled.values())
 
 
 def test_needs_a_gpu_or_a_dry_run(capsys):
