@@ -1,4 +1,7 @@
-"""Without a CUDA device the Triton kernels run in the interpreter, and tests marked ``gpu`` are skipped."""
+"""Without a CUDA device the Triton kernels run in the interpreter, and tests marked ``gpu`` are skipped.
+
+With one they are compiled, and tests marked ``interpreter``, of kernels on CPU tensors, are.
+"""
 
 import os
 
@@ -12,11 +15,10 @@ if not HAS_CUDA:
 
 
 def pytest_collection_modifyitems(items):
-    if not HAS_CUDA:
-        skip = pytest.mark.skip(reason="no CUDA device")
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(skip)
+    wanted, reason = ("interpreter", "compiled kernels") if HAS_CUDA else ("gpu", "no CUDA device")
+    for item in items:
+        if wanted in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture
