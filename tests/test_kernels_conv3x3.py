@@ -315,7 +315,8 @@ def test_plans_name_their_limits():
     deferred = replace(problem, op="conv_dgrad", prologue=True)
     assert "write it out" in unsupported(deferred, tile, Device.default(90))
     pointwise = replace(problem, op="conv_wgrad", r=1, s=1, padding=(0, 0))
-    assert "matrix product" in unsupported(pointwise, tile, Device.default(90))
+    assert triton_plan(pointwise, tile, Device.default(90), "").module == "conv1x1_grad"
+    assert "matrix product" in unsupported(pointwise, replace(tile, block_n=256, block_m=256), Device.default(90))
 
 
 def test_nan_in_nan_out(generator, device):
