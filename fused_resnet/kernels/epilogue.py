@@ -177,10 +177,10 @@ def load_rows(ptr, mask_ptr, rows, valid_rows, cols, channels):
     """Values [M, N] fp32 at ``rows`` [M], which must be there; 0 where ``valid_rows`` [M] says so, beyond the last
     channel, and where the bit of `store_mask` is off (mask_ptr None: all are on)."""
     valid = valid_rows[:, None] & (cols < channels)[None, :]
-    values = tl.load(ptr + (rows[:, None] * channels + cols[None, :]), mask=valid, other=0.0).to(tl.float32)
+    values = tl.load(ptr + (rows[:, None] * channels + cols[None, :]), mask=valid, other=0.0)
     if mask_ptr is not None:
         values = tl.where(load_bits(mask_ptr, rows, cols, channels), values, 0.0)
-    return values
+    return values.to(tl.float32)
 
 
 @triton.jit
