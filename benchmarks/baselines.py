@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 import fused_resnet
 
+from .environment import Absent
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Absent(RuntimeError):
-    """This contender cannot run here; the message says why."""
 
 
 class Case(NamedTuple):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .baselines import Absent
+from .environment import Absent
 from .timing import seconds
 
 _PLANS = 3

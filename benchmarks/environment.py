@@ -13,6 +13,10 @@ from pathlib import Path
 import torch
 
 
+class Absent(RuntimeError):
+    """This contender cannot run here; the message says why."""
+
+
 def _command(*words: str) -> str | None:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=20)
