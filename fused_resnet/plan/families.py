@@ -156,7 +156,9 @@ def _conv1x1_grad_heuristic(problem: Problem, device: Device) -> TileConfig:
     if block_m <= 64 and not full:
         num_warps = 4
     if whole:
-        return _deepest(problem, TileConfig(block_m, block_n, block_k, num_warps, 3), device.smem_bytes)
+        # Only tiles of the weight are in the pipeline, from L2: more stages cost registers, but on sm100.
+        stages = 3 if device.arch >= 100 else 2
+        return _deepest(problem, TileConfig(block_m, block_n, block_k, num_warps, stages), device.smem_bytes)
     blocks = 1 if num_warps == 8 else 3 if device.arch == 90 else 2
     stages = 4 if device.arch >= 90 else 3
     return _deepest(problem, TileConfig(block_m, block_n, block_k, num_warps, stages), device.smem_bytes // blocks)
