@@ -34,7 +34,8 @@ FREE = {"__init__", "__main__"}
 PLAN_LAW = {
     "problem": set(),
     "cuda": {"problem"},
-    "families": {"problem"},
+    "tiles": {"problem"},
+    "families": {"problem", "tiles"},
     "layers": {"problem"},
     "tables": {"cuda", "families", "problem"},
     "occupancy": {"families", "problem"},
