@@ -53,26 +53,29 @@ test-latest:
 	.venv-latest/bin/python -m pip install -q --upgrade --no-build-isolation ".[triton,bench,test]"
 	$(MAKE) test PYTHON=.venv-latest/bin/python
 
-# On a machine with a GPU, in 8 minutes: the tests of what runs there, a short benchmark, the library's own speed, then
+# On a machine with a GPU, in 9 minutes: the tests of what runs there, a short benchmark, the library's own speed, then
 # the rest of the suite. Everything goes to OUT as it is measured; a failure does not stop the next stage, but the exit
 # status says so.
 DEVICE_TESTS := $(wildcard tests/test_kernels_*.py) $(addprefix tests/test_,triton_blocks.py hopper.py native.py \
 	graphs.py tune.py training_curve.py)
+# One process would compile the kernels of a network one after another, for minutes.
+COMPILE = timeout 60 $(PY) -m benchmarks.tune --compile
 MANY_WORKERS = $(shell $(PY) -c "import os, xdist; print('-n', min(12, os.cpu_count()))" 2>/dev/null)
 gpu-check: $(READY)
 	mkdir -p $(OUT)
 	-$(PY) setup.py build_ext --inplace > $(OUT)/build.log 2>&1
 	status=0; \
-	OMP_NUM_THREADS=1 timeout 200 $(PY) -m pytest -q $(MANY_WORKERS) $(DEVICE_TESTS) $(TEST_ARGS) \
+	OMP_NUM_THREADS=1 timeout 180 $(PY) -m pytest -q $(MANY_WORKERS) $(DEVICE_TESTS) $(TEST_ARGS) \
 		> $(OUT)/tests.log 2>&1 || status=1; \
 	tail -n 30 $(OUT)/tests.log; \
+	$(COMPILE) --batches 12 --size 96 --modes training & $(COMPILE) --batches 32 256; wait; \
 	timeout 80 $(PY) -m benchmarks.run --out $(OUT)/short --models resnet50 --batches 32 256 --impl auto triton \
 		--baselines eager --budget 60 > $(OUT)/short.log 2>&1 || status=1; \
 	tail -n 12 $(OUT)/short.log; \
 	timeout 115 $(PY) -m benchmarks.run --out $(OUT)/library --models resnet50 --batches 256 128 32 --dtypes bf16 fp16 \
 		--impl none --baselines eager compile --budget 100 > $(OUT)/library.log 2>&1 || status=1; \
 	tail -n 20 $(OUT)/library.log; \
-	OMP_NUM_THREADS=1 timeout 80 $(PY) -m pytest -q $(MANY_WORKERS) tests $(addprefix --ignore=,$(DEVICE_TESTS)) \
+	OMP_NUM_THREADS=1 timeout 60 $(PY) -m pytest -q $(MANY_WORKERS) tests $(addprefix --ignore=,$(DEVICE_TESTS)) \
 		> $(OUT)/rest.log 2>&1 || status=1; \
 	tail -n 5 $(OUT)/rest.log; exit $$status
 
@@ -93,8 +96,9 @@ gpu-bench: $(READY)
 	mkdir -p $(OUT)
 	-$(PY) setup.py build_ext --inplace > $(OUT)/build.log 2>&1
 	status=0; \
+	$(COMPILE) --batches 32 256; \
 	timeout 190 $(PY) -m benchmarks.layers --out $(OUT) --budget 160 $(LAYERS_ARGS) > $(OUT)/layers.log 2>&1 || status=1; \
-	timeout 360 $(PY) -m benchmarks.run --out $(OUT) --models resnet50 --batches 256 32 --budget 320 $(BENCH_ARGS) \
+	timeout 300 $(PY) -m benchmarks.run --out $(OUT) --models resnet50 --batches 256 32 --budget 260 $(BENCH_ARGS) \
 		> $(OUT)/bench.log 2>&1 || status=1; \
 	tail -n 40 $(OUT)/bench.log; exit $$status
 

@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", nargs="+", type=int, default=[256])
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--compile", action="store_true", help="fill Triton's cache on all cores, measure nothing")
     parser.add_argument("--only", choices=KINDS, help="blocks alone show within a minute or two what chains gain")
     parser.add_argument("--size", type=int, default=224, help="image height and width in pixels")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no problem is begun")
@@ -89,6 +90,11 @@ def main(argv: list[str] | None = None) -> int:
         return _dry_run(tasks, arguments.dry_run)
     with tuning.conditions():
         bench = tuning.Bench()
+        if arguments.compile:
+            with bench.chains_ahead(tasks) as running:
+                for worker in running:
+                    worker.wait()
+            return 0
         path = arguments.out / f"sm{bench.device.arch}.json"
         described = environment.describe()
         kept = ("card", "driver", "torch", "cuda", "cudnn", "triton", "date", "commit")

@@ -28,8 +28,8 @@ _JOBS_PER_WORKER = 16  # a worker takes some seconds to start
 
 
 @contextmanager
-def workers(jobs: list[tuple[Problem, Plan]], device: int) -> Iterator[int]:
-    """Compile these jobs in the background, in their order, while the block runs; yields the number of workers.
+def workers(jobs: list[tuple[Problem, Plan]], device: int) -> Iterator[list[subprocess.Popen]]:
+    """Compile these jobs in the background, in their order, while the block runs; yields the processes that do.
 
     Every second core gets one, and none is started for a few jobs. ``device`` is the index of the CUDA device.
     """
@@ -45,7 +45,7 @@ def workers(jobs: list[tuple[Problem, Plan]], device: int) -> Iterator[int]:
                 share.seek(0)
                 quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
                 running.append(subprocess.Popen([sys.executable, "-c", code], stdin=share, env=environment, **quiet))
-        yield count
+        yield running
     finally:
         for worker in running:
             worker.kill()

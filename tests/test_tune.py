@@ -558,7 +558,7 @@ def card(home, shipped, monkeypatch):
 
         def _compile(self, plans):
             self.compiled += plans
-            return nullcontext()
+            return nullcontext([])
 
     Bench.chains_ahead = tuning.Bench.chains_ahead
     lab.compiled = Bench.compiled
@@ -695,16 +695,16 @@ precompile.torch.cuda.set_device = lambda index: None
     problem = Problem("bn_act", 1, 6, 6, 24, 24)
     chosen = plan.triton_plan(problem, None, H100, "")
     jobs = [(replace(problem, n=i), chosen) for i in range(8)]
-    with precompile.workers(jobs, 0) as count:
-        assert count == 2
+    with precompile.workers(jobs, 0) as running:
+        assert running == started and len(running) == 2
         stop = time.monotonic() + 60
         files = [tmp_path / "0", tmp_path / "1"]
         while time.monotonic() < stop and not all(f.exists() and len(f.read_text().split()) == 8 for f in files):
             time.sleep(0.1)
         assert [f.read_text().split()[::2] for f in files] == [["0", "2", "4", "6"], ["1", "3", "5", "7"]]
     assert all(worker.poll() is not None for worker in started)
-    with precompile.workers(jobs[:3], 0) as count:
-        assert count == 0
+    with precompile.workers(jobs[:3], 0) as running:
+        assert running == []
 
 
 # The command
@@ -735,6 +735,13 @@ def test_command_writes_the_table_of_the_card(card, tmp_path, monkeypatch):
     version = fused_resnet.__version__
     assert table["origin"] == {"fused_resnet": version} | {k: v for k, v in described.items() if k != "cpu"}
     assert len(table["entries"]) == len(set(card.measured)) > 50
+
+
+def test_command_compiles_without_measuring(card, tmp_path):
+    options = ["--models", "resnet18", "--batches", "16", "--size", "64", "--modes", "inference"]
+    assert command.main([*options, "--compile", "--out", str(tmp_path)]) == 0
+    assert not card.measured and not list(tmp_path.iterdir())
+    assert {problem.op for problem, _ in card.compiled} >= {"conv_affine", "conv_affine_pool"}
 
 
 @pytest.mark.parametrize(
