@@ -26,7 +26,7 @@ test: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m clang_format --dry-run -Werror $(wildcard csrc/*.c* csrc/*.h csrc/hopper/* tests/*.cpp tests/*.h)
+	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run -Werror $(wildcard csrc/*.c* csrc/*.h csrc/hopper/* tests/*.cpp tests/*.h)
 
 # The C++/CUDA library, in place; optional: setup.py says why where it cannot be built.
 build: $(READY)
