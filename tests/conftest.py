@@ -58,3 +58,23 @@ def no_tf32():
 def tf32():
     """fp32 convolutions on tensor cores."""
     yield from _convolutions_in("tf32")
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """An empty folder in place of the plan tables that the package ships."""
+    from fused_resnet import plan
+
+    folder = tmp_path / "shipped"
+    monkeypatch.setattr(plan, "PLANS", folder)
+    plan.forget_tables()
+    yield folder
+    monkeypatch.undo()
+    plan.forget_tables()
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A user's folder of tuned plans."""
+    monkeypatch.setenv("FUSED_RESNET_PLANS", str(tmp_path / "plans"))
+    return tmp_path / "plans"
