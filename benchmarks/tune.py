@@ -51,7 +51,7 @@ def kind_of(task: tuning.Task) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", default=["resnet50"], choices=models.BUILDERS)
-    parser.add_argument("--batches", nargs="+", type=int, default=[256])
+    parser.add_argument("--batches", nargs="+", type=int, default=[256, 128, 32, 8, 1])
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--compile", action="store_true", help="fill Triton's cache on all cores, measure nothing")
