@@ -146,15 +146,19 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if switch == "tf32" else "ieee"
 
 
-def tile_options(config) -> dict[str, int]:
-    """Tile extents and launch parameters of a matrix product, by name."""
+def map_options(config) -> dict[str, int]:
+    """Tile extents and launch parameters of a pass over a map, by name."""
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+
+
+def tile_options(config) -> dict[str, int]:
+    """Tile extents and launch parameters of a matrix product, by name."""
+    return {**map_options(config), "BLOCK_K": config.block_k}
 
 
 def wgrad_chunks(w_shape: tuple[int, ...], pixels: int) -> int:

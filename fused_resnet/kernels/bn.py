@@ -20,6 +20,7 @@ from . import (
     count_batch,
     empty_mask,
     empty_rows,
+    map_options,
     on_device_of,
     require_deferred,
     require_gradient,
@@ -296,10 +297,6 @@ def _vector_options(config) -> dict:
     return {"BLOCK_N": config.block_n, "num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
-def _tile_options(config) -> dict:
-    return {"BLOCK_M": config.block_m, **_vector_options(config)}
-
-
 def _tile_grid(x, config) -> tuple[int]:
     return (triton.cdiv(_pixels(x), config.block_m) * triton.cdiv(x.shape[1], config.block_n),)
 
@@ -376,7 +373,7 @@ def launch_affine(c, bn, shortcut, shortcut_bn, mask, relu, plan):
                 _pixels(out),
                 out.shape[1],
                 RELU=relu,
-                **_tile_options(plan.config),
+                **map_options(plan.config),
             )
     return out
 
@@ -420,7 +417,7 @@ def _launch_sums(g, mask, main, shortcut, masked, plan):
             n * h * w,
             channels,
             chunk,
-            **_tile_options(plan.config),
+            **map_options(plan.config),
         )
     return sums, shortcut_sums
 
@@ -478,7 +475,7 @@ def launch_bn_backward_apply(grad, plan):
                 out,
                 _pixels(g),
                 g.shape[1],
-                **_tile_options(plan.config),
+                **map_options(plan.config),
             )
     return out
 
@@ -491,6 +488,6 @@ def launch_relu_grad(dout, mask, plan):
     if out.numel():
         with on_device_of(out):
             _bn_backward_apply_kernel[_tile_grid(out, plan.config)](
-                dout, mask, None, None, out, _pixels(out), out.shape[1], **_tile_options(plan.config)
+                dout, mask, None, None, out, _pixels(out), out.shape[1], **map_options(plan.config)
             )
     return out

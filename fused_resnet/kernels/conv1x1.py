@@ -32,6 +32,7 @@ from . import (
     require_pointwise,
     require_rows,
     require_vectors,
+    tile_options,
 )
 from .epilogue import (
     BN_SCALE,
@@ -251,11 +252,7 @@ def _launch(
             STRIDE=stride,
             RELU=relu,
             INPUT_PRECISION=input_precision(x.dtype),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **tile_options(config),
         )
 
 

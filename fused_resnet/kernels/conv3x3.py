@@ -36,6 +36,7 @@ from . import (
     require_rows,
     require_vectors,
     tap_major,
+    tile_options,
 )
 from .epilogue import (
     BN_SCALE,
@@ -351,11 +352,7 @@ def _constants(w, geometry, config) -> dict:
     return {
         **convolution_constants(w.shape, geometry),
         "INPUT_PRECISION": input_precision(w.dtype),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        **tile_options(config),
     }
 
 

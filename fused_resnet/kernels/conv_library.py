@@ -19,7 +19,16 @@ import triton
 import triton.language as tl
 
 from . import bn as passes
-from . import on_device_of, pool, require_addend, require_frozen, require_like, require_rows, require_vectors
+from . import (
+    map_options,
+    on_device_of,
+    pool,
+    require_addend,
+    require_frozen,
+    require_like,
+    require_rows,
+    require_vectors,
+)
 from .epilogue import BN_MEAN, BN_RSTD, BN_SCALE, BN_SHIFT, affine, load_addend, load_vector
 
 
@@ -142,15 +151,6 @@ def _grid(pixels: int, channels: int, rows: int | None, plan) -> tuple[tuple[int
     return (rows * tiles_n,), plan.chunk_pixels(pixels, rows)
 
 
-def _options(config) -> dict:
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-
-
 def launch_library_stats(a, w, geometry, plan):
     """c = conv(relu(bn(a)), w) by the library, and channel statistics of c in one pass behind it.
 
@@ -163,7 +163,7 @@ def launch_library_stats(a, w, geometry, plan):
     grid, chunk_pixels = _grid(n * p * q, k, rows, plan)
     partials = torch.empty((rows, 3, k), dtype=torch.float32, device=c.device)
     with on_device_of(c):
-        _channel_statistics_kernel[grid](c, partials, n * p * q, k, chunk_pixels, **_options(plan.config))
+        _channel_statistics_kernel[grid](c, partials, n * p * q, k, chunk_pixels, **map_options(plan.config))
     return c, partials
 
 
@@ -223,7 +223,7 @@ def launch_library_dgrad(grad, w, geometry, input_hw, relu_of, addend, addend_st
                 *input_hw,
                 chunk_pixels,
                 ADDEND_STRIDE=addend_stride,
-                **_options(plan.config),
+                **map_options(plan.config),
             )
     return dx, sums
 

@@ -33,6 +33,7 @@ from . import (
     require_pixels,
     require_rows,
     require_vectors,
+    tile_options,
 )
 from .epilogue import (
     BN_MEAN,
@@ -407,11 +408,7 @@ def _launch_products(a, g, mask, stride: int, out, values: int, plan):
             STRIDE=stride,
             ONE_TILE=g is None and tiles == 1 and config.block_m == config.block_n,
             INPUT_PRECISION="tf32x3" if precision == "tf32" else precision,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **tile_options(config),
         )
         # 4096 values at a time, 32 of each thread: latency is what this kernel costs.
         block_t = min(128, triton.next_power_of_2(chunks))
@@ -471,16 +468,6 @@ def _require_moments(name: str, x, rows: int, columns: int) -> None:
         raise ValueError(f"{name} must be contiguous fp64 [{rows}, {columns}]; got {tuple(x.shape)} {x.dtype}")
 
 
-def _matrix_options(config) -> dict:
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-
-
 def launch_moments_finalize(gram, w, gamma, beta, running, momentum, eps, plan):
     """bn [5, N] fp32 of c = a W from gram [K+1, K+1] and w [N, K, 1, 1], before c exists.
 
@@ -511,7 +498,7 @@ def launch_moments_finalize(gram, w, gamma, beta, running, momentum, eps, plan):
             0.0 if momentum is None else float(momentum),
             float(eps),
             CUMULATIVE=momentum is None,
-            **_matrix_options(plan.config),
+            **tile_options(plan.config),
         )
     return bn
 
@@ -556,6 +543,6 @@ def launch_moments_weights(cross, gram, w, coef, plan):
     tiles_n = triton.cdiv(gemm_n, plan.config.block_n)
     with on_device_of(w):
         _moments_weights_kernel[(tiles_k * (tiles_k + tiles_n),)](
-            cross, gram, w, coef, dw, w_g, w_a, w_1, gemm_n, gemm_k, **_matrix_options(plan.config)
+            cross, gram, w, coef, dw, w_g, w_a, w_1, gemm_n, gemm_k, **tile_options(plan.config)
         )
     return dw, w_g, w_a, w_1

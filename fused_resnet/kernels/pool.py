@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import empty_rows, on_device_of, require_pixels, require_rows, require_vectors
+from . import empty_rows, map_options, on_device_of, require_pixels, require_rows, require_vectors
 from .epilogue import BN_MEAN, BN_RSTD, BN_SCALE, BN_SHIFT, affine, load_vector, relu
 
 # Added to a row that is not to be read: no tap brings it back into the image.
@@ -145,15 +145,6 @@ def _pooled_hw(c, bn) -> tuple[int, int]:
     return (c.shape[2] + 1) // 2, (c.shape[3] + 1) // 2
 
 
-def _options(config) -> dict:
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-
-
 def launch_pool(c, bn, with_index, plan):
     """`launch_bn_act_pool`; without `with_index` the taps are None: the pass behind the library's convolution."""
     out_h, out_w = _pooled_hw(c, bn)
@@ -165,7 +156,7 @@ def launch_pool(c, bn, with_index, plan):
     if windows:
         with on_device_of(y):
             _bn_act_pool_kernel[(triton.cdiv(windows, config.block_m) * triton.cdiv(channels, config.block_n),)](
-                c, bn, y, index, windows, channels, in_h, in_w, out_h, out_w, **_options(config)
+                c, bn, y, index, windows, channels, in_h, in_w, out_h, out_w, **map_options(config)
             )
     return y, index
 
@@ -213,6 +204,6 @@ def launch_bn_act_pool_backward(dy, index, a, plan):
             out_h,
             out_w,
             chunk_blocks,
-            **_options(plan.config),
+            **map_options(plan.config),
         )
     return g, sums

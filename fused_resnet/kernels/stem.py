@@ -44,6 +44,7 @@ from . import (
     require_pixels,
     require_rows,
     tap_major,
+    tile_options,
 )
 from .epilogue import affine, frozen_vectors, relu
 
@@ -445,11 +446,7 @@ def _constants(w_shape, x, geometry, config) -> dict:
         **convolution_constants(w_shape, geometry),
         "CHANNELS": triton.next_power_of_2(w_shape[1]),
         "INPUT_PRECISION": input_precision(x.dtype),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        **tile_options(config),
     }
 
 
