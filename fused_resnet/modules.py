@@ -331,7 +331,8 @@ def stage_convolutions(stage: nn.Sequential) -> list[tuple[Tensor, Geometry]] | 
 def run_in_parts(stage: nn.Sequential, x: Tensor, images: int) -> Tensor:
     """stage(x), that many images at a time; the parts' outputs go into one tensor while they are in the cache."""
     out = None
-    for start in range(0, x.shape[0], images):
+    # Of shapes alone, one part says what all of them do: `explain` would list every one.
+    for start in range(0, images if x.is_meta else x.shape[0], images):
         part = stage(x[start : start + images])
         if out is None:
             out = part.new_empty(x.shape[0], *part.shape[1:]).contiguous(memory_format=torch.channels_last)

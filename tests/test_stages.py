@@ -175,3 +175,17 @@ def test_tuning_states_and_times_the_schedules_that_run(tables, monkeypatch):
     with torch.no_grad():
         model.eval()(torch.randn(20, 3, 32, 32))
     assert asked == [16]
+
+
+def test_explain_lists_a_stage_in_parts_once(tables):
+    model, x = _resnet(), torch.empty(20, 3, 32, 32, device="meta")
+    whole = [record for record in fused_resnet.explain(model, x, arch="sm90") if record.layer.startswith("layer1")]
+    problem = tuning.stages(model, x)[0].problem
+    dump_table(tables / "sm90.json", 90, {}, [table_entry(problem, {"library": 9.0, "8": 8.0})])
+    plan.forget_tables()
+    records = fused_resnet.explain(model, x, arch="sm90")
+    parts = [record for record in records if record.layer.startswith("layer1")]
+    assert len(parts) == len(whole) and all(record.problem.startswith("8x8x8") for record in parts)
+    schedule = next(record for record in records if record.operator == plan.STAGE_OP)
+    assert schedule.backend == "8" and schedule.problem.startswith("20x8x8")
+    assert next(record for record in records if record.layer == "layer2.0").problem.startswith("20x8x8")
