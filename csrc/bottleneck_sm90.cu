@@ -11,7 +11,7 @@ namespace {
 using hopper::TensorMap;
 
 template <DataType type, bool kProjection>
-__global__ void __launch_bounds__(384, 1)
+__global__ void __launch_bounds__(hopper::kThreads, 1)
     bottleneck_sm90_kernel(const BottleneckArguments arguments, const __grid_constant__ TensorMap x,
                            const __grid_constant__ TensorMap w1, const __grid_constant__ TensorMap w2,
                            const __grid_constant__ TensorMap w3, const __grid_constant__ TensorMap w_shortcut,
@@ -28,7 +28,6 @@ void launch_kind(const BottleneckLaunch& l, cudaStream_t stream) {
   cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   const auto kernel = bottleneck_sm90_kernel<type, kProjection>;
   constexpr int kBytes = BottleneckMemory<kProjection>::kBytes;
-  constexpr int kThreads = BottleneckBlock<type, kProjection>::kThreads;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   const BottleneckMaps maps = bottleneck_maps(l.shape, type == DataType::kBFloat16, kProjection);
   const TensorMap w3 = hopper::encode(maps.w3, l.w3);
@@ -36,9 +35,9 @@ void launch_kind(const BottleneckLaunch& l, cudaStream_t stream) {
   const BottleneckArguments arguments{l.shape, l.bn1, l.bn2, l.bn3, l.bn_shortcut};
   const int wanted = (l.shape.count() + 1) / 2;  // a tile for each warpgroup
   const int grid = wanted < sms ? wanted : sms;
-  kernel<<<grid, kThreads, kBytes, stream>>>(arguments, hopper::encode(maps.x, l.x), hopper::encode(maps.w1, l.w1),
-                                             hopper::encode(maps.w2, l.w2), w3, w_shortcut,
-                                             hopper::encode(maps.out, l.out));
+  kernel<<<grid, hopper::kThreads, kBytes, stream>>>(arguments, hopper::encode(maps.x, l.x),
+                                                     hopper::encode(maps.w1, l.w1), hopper::encode(maps.w2, l.w2), w3,
+                                                     w_shortcut, hopper::encode(maps.out, l.out));
 }
 
 template <DataType type>

@@ -32,9 +32,7 @@ template <DataType type, bool kProjection>
 struct BottleneckBlock {
   using Memory = BottleneckMemory<kProjection>;
   using TensorMap = hopper::TensorMap;
-  static constexpr uint32_t kConsumers = 256;
-  static constexpr uint32_t kThreads = kConsumers + 128;  // setmaxnreg counts in warpgroups: two producer warps idle
-  static constexpr int kSteps = 4;                        // wgmma steps in 64 channels
+  static constexpr int kSteps = 4;  // wgmma steps in 64 channels
   // What a thread keeps of x: for each 64 channels its values in the result's places, or operand A of each step.
   using Shortcut = uint32_t[4][kProjection ? 4 : 16];
 
@@ -64,7 +62,7 @@ struct BottleneckBlock {
       }
       hopper::barrier_init_done();
     }
-    if (thread < kConsumers) {
+    if (thread < hopper::kConsumers) {
       copy_vectors(a.bn1, kWidth, Memory::kScale1, thread);
       copy_vectors(a.bn2, kWidth, Memory::kScale2, thread);
       copy_vectors(a.bn3, kWide, Memory::kScale3, thread);
@@ -72,12 +70,12 @@ struct BottleneckBlock {
       hopper::fence_async_proxy();  // wgmma passes over them, see BottleneckMemory
     }
     hopper::sync_block();
-    if (thread >= kConsumers) {
-      hopper::lower_registers<40>();
-      const uint32_t warp = (thread - kConsumers) / 32;
+    if (thread >= hopper::kConsumers) {
+      hopper::lower_registers<hopper::kProducerRegisters>();
+      const uint32_t warp = (thread - hopper::kConsumers) / 32;
       if (warp < 2 && thread % 32 == 0) produce(warp);
     } else {
-      hopper::raise_registers<232>();
+      hopper::raise_registers<hopper::kConsumerRegisters>();
       consume(thread);
     }
   }
@@ -85,7 +83,7 @@ struct BottleneckBlock {
  private:
   // Scale and shift are neighbouring rows of the table.
   FUSED_RESNET_DEVICE void copy_vectors(const float* bn, uint32_t channels, uint32_t to, uint32_t thread) {
-    for (uint32_t i = thread; i < 2 * channels; i += kConsumers) {
+    for (uint32_t i = thread; i < 2 * channels; i += hopper::kConsumers) {
       hopper::store_shared_float(base + to + 4 * i, bn[2 * channels + i]);
     }
   }

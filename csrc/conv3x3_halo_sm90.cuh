@@ -18,8 +18,6 @@ struct Conv3x3HaloBlock {
   using Memory = HaloMemory<kEpilogue>;
   using TensorMap = hopper::TensorMap;
   using Output = Conv3x3Output<type, 64, kEpilogue, Memory>;
-  static constexpr uint32_t kConsumers = Output::kConsumers;
-  static constexpr uint32_t kThreads = kConsumers + 128;  // setmaxnreg counts in warpgroups: two producer warps idle
 
   const Conv3x3Arguments& a;
   const TensorMap &x, &w, &out, &side;
@@ -48,12 +46,12 @@ struct Conv3x3HaloBlock {
       hopper::barrier_init_done();
     }
     hopper::sync_block();
-    if (thread >= kConsumers) {
-      hopper::lower_registers<40>();
-      const uint32_t warp = (thread - kConsumers) / 32;
+    if (thread >= hopper::kConsumers) {
+      hopper::lower_registers<hopper::kProducerRegisters>();
+      const uint32_t warp = (thread - hopper::kConsumers) / 32;
       if (warp < 2 && thread % 32 == 0) produce(warp);
     } else {
-      hopper::raise_registers<232>();
+      hopper::raise_registers<hopper::kConsumerRegisters>();
       consume(thread);
     }
   }

@@ -62,7 +62,6 @@ struct Conv3x3Output {
   using TensorMap = hopper::TensorMap;
   static constexpr int kSlices = kBlockN / 64;
   static constexpr int kSlots = kEpilogue == Epilogue::kAffine ? 1 : kBlockN / 4;  // channels of a thread with sums
-  static constexpr uint32_t kConsumers = 256;
 
   const Conv3x3Arguments& a;
   const TensorMap &out, &side;
@@ -236,10 +235,10 @@ struct Conv3x3Output {
       }
       if (thread % 32 == 0) hopper::store_shared_float(counts + warp * 4, count);
     }
-    hopper::sync_threads(3, kConsumers);
+    hopper::sync_threads(3, hopper::kConsumers);
     if (thread < kBlockN) {
       float total = 0.0f, sum0 = 0.0f, sum1 = 0.0f;
-      for (uint32_t i = 0; i < kConsumers / 32; ++i) {
+      for (uint32_t i = 0; i < hopper::kConsumers / 32; ++i) {
         const float first_i = hopper::load_shared_float(sums + (i * kBlockN + thread) * 8);
         const float second_i = hopper::load_shared_float(sums + (i * kBlockN + thread) * 8 + 4);
         if (kMerge) {
@@ -262,13 +261,13 @@ struct Conv3x3Output {
         partials[filters] = sum1 * a.bn[filters + channel];
       }
     }
-    hopper::sync_threads(3, kConsumers);
+    hopper::sync_threads(3, hopper::kConsumers);
   }
 
   FUSED_RESNET_DEVICE void clear_unused_rows(int used_rows) {
     const int width = (kEpilogue == Epilogue::kStatistics ? 3 : 2) * a.shape.filters;
-    for (int i = used_rows * width + hopper::block_index() * kConsumers + thread; i < a.partial_rows * width;
-         i += hopper::grid_size() * kConsumers) {
+    for (int i = used_rows * width + hopper::block_index() * hopper::kConsumers + thread; i < a.partial_rows * width;
+         i += hopper::grid_size() * hopper::kConsumers) {
       a.partials[i] = 0.0f;
     }
   }

@@ -12,7 +12,7 @@ namespace {
 using hopper::TensorMap;
 
 template <DataType type, int kBlockN, Epilogue kEpilogue>
-__global__ void __launch_bounds__(384, 1)
+__global__ void __launch_bounds__(hopper::kThreads, 1)
     conv3x3_sm90_kernel(const Conv3x3Arguments arguments, const __grid_constant__ TensorMap x,
                         const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap out,
                         const __grid_constant__ TensorMap side) {
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(384, 1)
 }
 
 template <DataType type, Epilogue kEpilogue>
-__global__ void __launch_bounds__(384, 1)
+__global__ void __launch_bounds__(hopper::kThreads, 1)
     conv3x3_halo_sm90_kernel(const Conv3x3Arguments arguments, const __grid_constant__ TensorMap x,
                              const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap out,
                              const __grid_constant__ TensorMap side) {
@@ -40,9 +40,8 @@ void launch_kernel(Kernel kernel, const Conv3x3Launch& l, const Conv3x3Maps& map
   const TensorMap side = l.side == nullptr ? out : hopper::encode(maps.out, l.side);
   const Conv3x3Arguments arguments{l.shape, l.partial_rows, l.bn, l.partials, l.side != nullptr, l.mask, l.relu};
   const int grid = items < sms ? items : sms;
-  constexpr int kThreads = 384;
-  kernel<<<grid, kThreads, bytes, stream>>>(arguments, hopper::encode(maps.x, l.x), hopper::encode(maps.w, l.w), out,
-                                            side);
+  kernel<<<grid, hopper::kThreads, bytes, stream>>>(arguments, hopper::encode(maps.x, l.x), hopper::encode(maps.w, l.w),
+                                                    out, side);
 }
 
 template <DataType type, Epilogue kEpilogue>

@@ -19,8 +19,6 @@ struct Conv3x3Block {
   using Memory = Conv3x3Memory<kBlockN, kEpilogue>;
   using TensorMap = hopper::TensorMap;
   using Output = Conv3x3Output<type, kBlockN, kEpilogue, Memory>;
-  static constexpr uint32_t kConsumers = Output::kConsumers;
-  static constexpr uint32_t kThreads = kConsumers + 128;  // setmaxnreg counts in warpgroups: three producer warps idle
 
   const Conv3x3Arguments& a;
   const TensorMap &x, &w, &out, &side;
@@ -42,17 +40,17 @@ struct Conv3x3Block {
     if (thread == 0) {
       for (uint32_t i = 0; i < Memory::kStages; ++i) {
         hopper::barrier_init(full(i), 1);
-        hopper::barrier_init(empty(i), kConsumers / 32);
+        hopper::barrier_init(empty(i), hopper::kConsumers / 32);
       }
       for (uint32_t i = 0; i < 2; ++i) hopper::barrier_init(base + Memory::kSide + 8 * i, 1);
       hopper::barrier_init_done();
     }
     hopper::sync_block();
-    if (thread >= kConsumers) {
-      hopper::lower_registers<40>();
-      if (thread == kConsumers) produce();
+    if (thread >= hopper::kConsumers) {
+      hopper::lower_registers<hopper::kProducerRegisters>();
+      if (thread == hopper::kConsumers) produce();
     } else {
-      hopper::raise_registers<232>();
+      hopper::raise_registers<hopper::kConsumerRegisters>();
       consume(thread);
     }
   }

@@ -11,7 +11,7 @@ namespace {
 using hopper::TensorMap;
 
 template <DataType type, int kFilters>
-__global__ void __launch_bounds__(384, 1)
+__global__ void __launch_bounds__(hopper::kThreads, 1)
     conv3x3_wgrad_sm90_kernel(const WgradArguments arguments, const __grid_constant__ TensorMap x,
                               const __grid_constant__ TensorMap g) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -37,12 +37,13 @@ __global__ void __launch_bounds__(256) wgrad_reduce_kernel(const float4* parts, 
 template <DataType type, int kFilters>
 void launch_tile(const WgradLaunch& l, cudaStream_t stream) {
   const auto kernel = conv3x3_wgrad_sm90_kernel<type, kFilters>;
-  constexpr int kBytes = WgradMemory<kFilters>::kBytes, kThreads = WgradBlock<type, kFilters>::kThreads;
+  constexpr int kBytes = WgradMemory<kFilters>::kBytes;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   const WgradMaps maps = wgrad_maps(l.shape, type == DataType::kBFloat16);
   const WgradArguments arguments{l.shape, l.part_count, l.parts};
   const int items = wgrad_work(l.shape, l.part_count).items();
-  kernel<<<items, kThreads, kBytes, stream>>>(arguments, hopper::encode(maps.x, l.x), hopper::encode(maps.g, l.g));
+  kernel<<<items, hopper::kThreads, kBytes, stream>>>(arguments, hopper::encode(maps.x, l.x),
+                                                      hopper::encode(maps.g, l.g));
 }
 
 template <DataType type>

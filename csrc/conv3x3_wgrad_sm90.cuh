@@ -26,8 +26,6 @@ struct WgradBlock {
   using TensorMap = hopper::TensorMap;
   static constexpr bool kTakeTurns = kFilters == 64;      // warpgroups at the stages
   static constexpr int kTiles = kFilters == 256 ? 2 : 1;  // of 64 filters of a warpgroup
-  static constexpr uint32_t kConsumers = 256;
-  static constexpr uint32_t kThreads = kConsumers + 128;  // setmaxnreg counts in warpgroups: three producer warps idle
 
   const WgradArguments& a;
   const TensorMap &x, &g;
@@ -48,16 +46,16 @@ struct WgradBlock {
     if (thread == 0) {
       for (uint32_t i = 0; i < Memory::kStages; ++i) {
         hopper::barrier_init(full(i), 1);
-        hopper::barrier_init(empty(i), (kTakeTurns ? 128 : kConsumers) / 32);
+        hopper::barrier_init(empty(i), (kTakeTurns ? 128 : hopper::kConsumers) / 32);
       }
       hopper::barrier_init_done();
     }
     hopper::sync_block();
-    if (thread >= kConsumers) {
-      hopper::lower_registers<40>();
-      if (thread == kConsumers) produce();
+    if (thread >= hopper::kConsumers) {
+      hopper::lower_registers<hopper::kProducerRegisters>();
+      if (thread == hopper::kConsumers) produce();
     } else {
-      hopper::raise_registers<232>();
+      hopper::raise_registers<hopper::kConsumerRegisters>();
       consume(thread);
     }
   }

@@ -16,7 +16,7 @@ template <typename Kernel>
 void run_blocks(const Conv3x3Arguments& a, const hopper::TensorMap (&maps)[4], int items, int sms, int seed) {
   const int grid = items < sms ? items : sms;
   for (int block = 0; block < grid; ++block) {
-    hopper::machine::run_block(block, grid, Kernel::kThreads, seed,
+    hopper::machine::run_block(block, grid, hopper::kThreads, seed,
                                [&] { Kernel(a, maps[0], maps[1], maps[2], maps[3]).run(); });
   }
 }
@@ -65,7 +65,7 @@ void run_bottleneck(const BottleneckArguments& a, const hopper::TensorMap (&maps
   const int wanted = (a.shape.count() + 1) / 2, grid = wanted < sms ? wanted : sms;
   for (int block = 0; block < grid; ++block) {
     using Block = BottleneckBlock<type, kProjection>;
-    hopper::machine::run_block(block, grid, Block::kThreads, seed,
+    hopper::machine::run_block(block, grid, hopper::kThreads, seed,
                                [&] { Block(a, maps[0], maps[1], maps[2], maps[3], maps[4], maps[5]).run(); });
   }
 }
@@ -75,7 +75,7 @@ void run_wgrad(const WgradArguments& a, const hopper::TensorMap (&maps)[2], int 
   using Block = WgradBlock<type, kFilters>;
   const int items = wgrad_work(a.shape, a.parts).items();
   for (int block = 0; block < items; ++block) {
-    hopper::machine::run_block(block, items, Block::kThreads, seed, [&] { Block(a, maps[0], maps[1]).run(); });
+    hopper::machine::run_block(block, items, hopper::kThreads, seed, [&] { Block(a, maps[0], maps[1]).run(); });
   }
 }
 
@@ -97,6 +97,9 @@ extern "C" {
 
 uint32_t tile_offset(uint32_t row, uint32_t column) { return hopper::tile_offset(row, column); }
 uint64_t matrix_descriptor(uint32_t address) { return hopper::matrix_descriptor(address); }
+uint64_t transposed_descriptor(uint32_t address, uint32_t tile_bytes) {
+  return hopper::transposed_descriptor(address, tile_bytes);
+}
 uint32_t accumulator_row(uint32_t thread, uint32_t i) { return hopper::accumulator_row(thread, i); }
 uint32_t accumulator_column(uint32_t thread, uint32_t i) { return hopper::accumulator_column(thread, i); }
 uint32_t fragment_row(uint32_t lane) { return hopper::fragment_row(lane); }
@@ -152,13 +155,18 @@ int bottleneck_tiles(const int* shape, int* out) {
 }
 
 // What the machine says about a kernel with a fault: 0 none, 1 a thread waits for a barrier that never fills, 2 a copy
-// reads a write without a fence, 3 the block ends under a copy, 4 a tile is not aligned.
+// reads a write without a fence, 3 the block ends under a copy, 4 a tile is not aligned, 5 a barrier is used before its
+// initialisation is published, 6 a product reads registers without a fence after their load, 7 the warp asks for
+// registers that nobody has given back.
 int faulty(int fault, char* error) {
   uint8_t memory[64 * 128] = {};
   const hopper::TensorMap map{hopper::matrix_map(true, 64, 64, 64), memory};
   return guarded(error, [&] {
     hopper::machine::run_block(0, 1, 32, 0, [&] {
-      if (hopper::thread_index() == 0) hopper::barrier_init(8192, 1);
+      if (hopper::thread_index() == 0) {
+        hopper::barrier_init(8192, 1);
+        if (fault != 5) hopper::barrier_init_done();
+      }
       hopper::sync_block();
       for (uint32_t i = hopper::thread_index(); i < 2048; i += 32) hopper::store_shared(4 * i, 0x3f803f80);
       if (fault != 2) hopper::fence_async_proxy();
@@ -168,7 +176,16 @@ int faulty(int fault, char* error) {
         hopper::store_commit();
         if (fault != 3) hopper::store_wait_read<0>();
       }
-      if (fault == 1) hopper::barrier_wait(8192, 0);
+      if (fault == 1 || fault == 5) hopper::barrier_wait(8192, 0);
+      uint32_t a[4];
+      float d[32] = {};
+      hopper::wgmma_fence();
+      hopper::load_fragment(a, 0);
+      if (fault != 6) hopper::wgmma_fence();
+      hopper::wgmma<DataType::kBFloat16>(d, a, hopper::matrix_descriptor(0));
+      hopper::wgmma_commit();
+      hopper::wgmma_wait<0>();
+      if (fault == 7) hopper::raise_registers<hopper::kConsumerRegisters>();
     });
   });
 }

@@ -5,9 +5,11 @@
 // the seed says, a load at once or only when nothing else can go on, like then every store and the threads of one warp.
 // They read what shared memory and registers hold at that time. So a kernel that reuses a buffer or a register too
 // early, reads a tile before its barrier, or waits for a phase that never ends, gives a wrong result or an error.
-// Shared memory starts as NaN. Reported as errors: deadlocks, ordinary writes that TMA or wgmma reads without a proxy
-// fence, descriptors and copies whose alignment or fields the hardware would not take, and blocks that end under a
-// running store.
+// Shared memory starts as NaN. Reported as errors: deadlocks, also of warpgroups that ask for more registers than the
+// block has; ordinary writes that TMA or wgmma reads without a proxy fence, barriers that other threads or TMA use
+// before their initialisation is published, products that no wgmma.fence separates from the wait or the ldmatrix before
+// them; descriptors and copies whose alignment or fields the hardware would not take; blocks that end under a running
+// store.
 //
 // What it takes from the documentation and cannot check: the meaning of the instructions, tensor maps and descriptors.
 #pragma once
@@ -72,6 +74,7 @@ struct Barrier {
   uint32_t arrivals, pending;
   int64_t bytes;
   uint32_t phase;
+  bool published;  // the fence that shows its initialisation to other threads and to TMA has been passed
 };
 
 struct Product {  // a wgmma that has been issued
@@ -90,6 +93,8 @@ struct Thread {
   std::unique_ptr<char[]> stack;
   bool done = false;
   std::function<bool()> ready;  // empty: can run
+  uint32_t registers = kLaunchRegisters;
+  bool fenced = false;  // wgmma may read the registers
   std::vector<Product> products;
   int product_groups = 0;           // committed
   int store_groups = 0;             // committed
@@ -110,6 +115,7 @@ struct Block {
   std::vector<Thread> threads;
   std::map<uint32_t, Barrier> barriers;
   std::map<uint32_t, Meeting> meetings;
+  uint32_t spare_registers = 0;
   std::vector<std::function<void()>> copies;  // that run
   uint32_t order;                             // 0 random; else stores and one warp last, loads 1 at once, 2 last
   uint32_t slow_warp;
@@ -242,6 +248,7 @@ const T& posted(uint32_t lane) {
 inline Barrier& barrier_at(uint32_t address) {
   const auto found = block->barriers.find(address);
   require(found != block->barriers.end(), "not a barrier");
+  require(found->second.published, "mbarrier: used before its initialisation is published");
   return found->second;
 }
 inline void settle(Barrier& b) {
@@ -254,6 +261,12 @@ inline void complete(uint32_t barrier, int64_t bytes) {
   Barrier& b = barrier_at(barrier);
   b.bytes -= bytes;
   settle(b);
+}
+
+// Registers may have been read or written since the last wait or ldmatrix: a fence has to come between.
+inline void issue(const Product& product) {
+  require(self().fenced, "wgmma without a wgmma.fence since its registers were last in use");
+  self().products.push_back(product);
 }
 
 inline uint32_t physical(uint32_t address) { return address ^ ((address >> 3) & 0x70); }
@@ -336,6 +349,7 @@ inline void check_map(const TensorMap& map, uint32_t shared, bool im2col) {
   require(fault(map.spec) == nullptr, "tensor map breaks a limit");
   require(map.spec.im2col == im2col, "tensor map of the other kind");
   require(shared % kTileAlignment == 0, "tile not aligned");
+  require(reinterpret_cast<uintptr_t>(map.data) % 16 == 0, "tensor map: address not aligned");
 }
 
 inline void tiled(const TensorMap& map, uint32_t shared, bool store, int c, int w, int h, int n) {
@@ -406,6 +420,7 @@ inline void load_shared_pair(float (&pair)[2], uint32_t address) {
 }
 inline void load_fragment(uint32_t (&a)[4], uint32_t address) {
   machine::self().posted = &address;
+  machine::self().fenced = false;
   machine::meet_warp();
   const uint32_t lane = machine::block->current % 32;
   for (uint32_t matrix = 0; matrix < 4; ++matrix) {
@@ -443,17 +458,25 @@ inline void sync_block() { machine::meet(0, machine::block->threads_count); }
 template <uint32_t kRegisters>
 inline void raise_registers() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+  const uint32_t more = kRegisters - machine::self().registers;
+  machine::wait_until([more] { return machine::block->spare_registers >= more; });
+  machine::block->spare_registers -= more;
+  machine::self().registers = kRegisters;
 }
 template <uint32_t kRegisters>
 inline void lower_registers() {
-  raise_registers<kRegisters>();
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+  machine::block->spare_registers += machine::self().registers - kRegisters;
+  machine::self().registers = kRegisters;
 }
 
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
   machine::require(barrier % 8 == 0 && barrier + 8 <= kSharedLimit, "mbarrier not aligned");
-  machine::block->barriers[barrier] = {arrivals, arrivals, 0, 0};
+  machine::block->barriers[barrier] = {arrivals, arrivals, 0, 0, false};
 }
-inline void barrier_init_done() {}
+inline void barrier_init_done() {
+  for (auto& [address, barrier] : machine::block->barriers) barrier.published = true;
+}
 inline void barrier_arrive(uint32_t barrier) {
   machine::Barrier& b = machine::barrier_at(barrier);
   machine::require(b.pending > 0, "mbarrier: more arrivals than announced");
@@ -461,7 +484,9 @@ inline void barrier_arrive(uint32_t barrier) {
   machine::settle(b);
 }
 inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-  machine::barrier_at(barrier).bytes += bytes;
+  machine::Barrier& b = machine::barrier_at(barrier);
+  b.bytes += bytes;
+  machine::require(b.bytes < 1 << 20, "mbarrier: more bytes announced than it can count");
   barrier_arrive(barrier);
 }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -522,7 +547,7 @@ inline void fence_async_proxy() {
   t.unfenced.clear();
 }
 
-inline void wgmma_fence() {}
+inline void wgmma_fence() { machine::self().fenced = true; }
 inline void wgmma_commit() { ++machine::self().product_groups; }
 template <int kPending>
 inline void wgmma_wait() {
@@ -535,6 +560,7 @@ inline void wgmma_wait() {
   }
   machine::meet_warp();
   t.products.erase(t.products.begin(), t.products.begin() + count);
+  t.fenced = false;
   machine::meet_warp();
 }
 template <int kValues>
@@ -542,18 +568,15 @@ inline void hold(float (&)[kValues]) {}
 inline void hold(uint32_t (&)[4]) {}
 template <DataType type, int kValues>
 inline void wgmma(float (&d)[kValues], uint64_t a, uint64_t b) {
-  machine::Thread& t = machine::self();
-  t.products.push_back({d, 2 * kValues, a, nullptr, false, b, type == DataType::kBFloat16, t.product_groups});
+  machine::issue({d, 2 * kValues, a, nullptr, false, b, type == DataType::kBFloat16, machine::self().product_groups});
 }
 template <DataType type>
 inline void wgmma_transposed(float (&d)[96], uint64_t a, uint64_t b) {
-  machine::Thread& t = machine::self();
-  t.products.push_back({d, 192, a, nullptr, true, b, type == DataType::kBFloat16, t.product_groups});
+  machine::issue({d, 192, a, nullptr, true, b, type == DataType::kBFloat16, machine::self().product_groups});
 }
 template <DataType type>
 inline void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-  machine::Thread& t = machine::self();
-  t.products.push_back({d, 64, 0, a, false, b, type == DataType::kBFloat16, t.product_groups});
+  machine::issue({d, 64, 0, a, false, b, type == DataType::kBFloat16, machine::self().product_groups});
 }
 
 }  // namespace fused_resnet::hopper

@@ -59,11 +59,14 @@ def _call(function, *arguments):
 def test_machine_reports_what_a_gpu_would_get_wrong(machine):
     error = ctypes.create_string_buffer(256)
     said = []
-    for fault in range(5):
+    for fault in range(8):
         error.value = b""
         assert machine.faulty(fault, error) == (fault > 0)
         said.append(error.value.decode())
-    expected = ("", "deadlock", "without a proxy fence", "without waiting for its stores", "not aligned")
+    expected = (
+        "", "deadlock", "without a proxy fence", "without waiting for its stores", "not aligned",
+        "before its initialisation is published", "without a wgmma.fence", "deadlock",
+    )  # fmt: skip
     for text, words in zip(said, expected):
         assert words in text and bool(words) == bool(text)
 
@@ -98,6 +101,11 @@ def test_descriptor_has_the_documented_fields(machine):
         assert bits & 0x3FFF == address >> 4 and bits >> 14 & 3 == 0  # start address
         assert bits >> 16 & 0x3FFF == 1 and bits >> 32 & 0x3FFF == 1024 >> 4  # leading and stride offsets
         assert bits >> 46 & 0xFFFF == 0 and bits >> 62 == 1  # base offset; 128-byte swizzle
+    # What CuTe's make_gmma_desc says of its canonical 128-byte layouts at 0x18000: K-major, 16 values further along the
+    # depth; MN-major, 192 wide, in tiles of 8 KiB.
+    machine.transposed_descriptor.restype = ctypes.c_uint64
+    assert machine.matrix_descriptor(0x18000 + 32) == 0x4000004000011802
+    assert machine.transposed_descriptor(0x18000, 8192) == 0x4000004002001800
 
 
 def test_registers_cover_the_result_once_and_match_the_next_operand(machine):

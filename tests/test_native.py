@@ -69,10 +69,14 @@ def test_no_kernel_spills_on_any_architecture(library):
     assert len(frames) == len(kernels) and set(frames) == {("0", "0", "0")}
     registers = [int(used) for used in re.findall(r"Used (\d+) registers", report)]
     assert len(registers) == len(kernels)
-    for (kernel, _), used in zip(kernels, registers):
-        # 512 threads in a block of the finalize; three blocks of 256 on an SM for the memory-bound join; 384 threads of
-        # the kernels for sm90, whose warpgroups then divide the registers among themselves.
-        assert used <= (128 if "finalize" in kernel else 168 if "sm90_kernel" in kernel else 80), kernel
+    for (kernel, arch), used in zip(kernels, registers):
+        if "sm90_kernel" in kernel:
+            # The warpgroups of 384 threads divide the registers among themselves: with fewer they would wait for ever.
+            assert arch != "sm_90a" or used == 168, kernel
+        else:
+            # 512 threads in a block of the finalize; three blocks of 256 on an SM for the memory-bound join.
+            assert used <= (128 if "finalize" in kernel else 80), kernel
+    assert "Potential Performance Loss" not in report  # setmaxnreg ignored, wgmma one after another
 
 
 def _cuobjdump():

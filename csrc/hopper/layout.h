@@ -61,6 +61,15 @@ FUSED_RESNET_HD constexpr uint32_t accumulator_column(uint32_t thread, uint32_t 
 FUSED_RESNET_HD constexpr uint32_t fragment_row(uint32_t lane) { return lane % 16; }
 FUSED_RESNET_HD constexpr uint32_t fragment_half(uint32_t lane) { return lane / 16; }
 
+// Roles of a block's threads: two warpgroups of consumers, and a third one for the thread or two that produce, because
+// setmaxnreg moves registers between whole warpgroups. They are taken from those that the block is launched with:
+// asking for more than that waits for ever.
+constexpr uint32_t kConsumers = 256;
+constexpr uint32_t kThreads = kConsumers + 128;
+constexpr uint32_t kLaunchRegisters = 65536 / kThreads / 8 * 8;  // of a thread; ptxas takes all that a block can have
+constexpr uint32_t kConsumerRegisters = 232, kProducerRegisters = 40;
+static_assert(kConsumerRegisters * kConsumers + kProducerRegisters * 128 <= kLaunchRegisters * kThreads);
+
 // Position in a ring of buffers. A consumer waits for the parity `phase` of a buffer's "full" barrier, the producer for
 // the opposite parity of its "empty" barrier, which a fresh barrier passes.
 struct RingPosition {
