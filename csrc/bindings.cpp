@@ -12,6 +12,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "bn.h"
 #include "bottleneck_sm90.h"
@@ -130,8 +131,9 @@ void bn_frozen(Tensor running_mean, Tensor running_var, std::optional<Tensor> ga
   check_vector("bn", bn, ScalarType::Float, {5, channels}, running_mean);
   const torch::stable::accelerator::DeviceGuard guard(running_mean.get_device_index());
   fused_resnet::launch_bn_frozen(
-      {static_cast<float*>(running_mean.data_ptr()), static_cast<float*>(running_var.data_ptr()), data<float>(gamma),
-       data<float>(beta), static_cast<float*>(bn.data_ptr()), channels, eps},
+      {{data<float>(running_mean), data<float>(running_var), data<float>(gamma), data<float>(beta), eps},
+       data<float>(bn),
+       channels},
       stream_of(running_mean));
   check_launch("bn_frozen");
 }
@@ -163,6 +165,23 @@ void bn_join(Tensor c, Tensor bn, Tensor shortcut, std::optional<Tensor> bn_shor
        data<uint8_t>(mask), c.size(0) * c.size(2) * c.size(3), channels, dtype},
       stream_of(c));
   check_launch("bn_join");
+}
+
+using Vectors = std::vector<std::optional<Tensor>>;
+
+// The BatchNorm of a convolution's output, from `vectors[first ...]` = mean, var, gamma or null, beta or null.
+fused_resnet::FrozenBatchNorm frozen(const std::string& name, const Vectors& vectors, size_t first, double eps,
+                                     int64_t channels, const Tensor& like) {
+  const char* fields[] = {".mean", ".var", ".gamma", ".beta"};
+  for (size_t i = 0; i < 4; ++i) {
+    const std::string field = name + fields[i];
+    STD_TORCH_CHECK(i >= 2 || vectors[first + i].has_value(), field, ": expected a tensor, got None");
+    if (vectors[first + i].has_value()) {
+      check_vector(field.c_str(), *vectors[first + i], ScalarType::Float, {channels}, like);
+    }
+  }
+  return {data<float>(vectors[first]), data<float>(vectors[first + 1]), data<float>(vectors[first + 2]),
+          data<float>(vectors[first + 3]), eps};
 }
 
 // What every kernel written for sm_90a needs of its first tensor; its data type.
@@ -230,18 +249,19 @@ void conv3x3_stats_sm90(Tensor x, Tensor w, int64_t stride, Tensor out, Tensor p
   run_conv3x3("conv3x3_stats_sm90", launch, x);
 }
 
-void conv3x3_affine_sm90(Tensor x, Tensor w, std::optional<Tensor> bn, std::optional<Tensor> residual,
+void conv3x3_affine_sm90(Tensor x, Tensor w, Vectors bn, double eps, std::optional<Tensor> residual,
                          std::optional<Tensor> mask, bool relu, int64_t stride, Tensor out) {
   fused_resnet::Conv3x3Launch launch = conv3x3(x, w, stride, out);
   const int64_t filters = w.size(0);
-  if (bn.has_value()) check_vector("bn", *bn, ScalarType::Float, {5, filters}, x);
+  STD_TORCH_CHECK(bn.empty() || bn.size() == 4, "bn: expected mean, var, gamma and beta, or nothing, got ", bn.size(),
+                  " tensors");
   if (residual.has_value()) check_rows("residual", *residual, out);
   if (mask.has_value()) {
     STD_TORCH_CHECK(residual.has_value(), "mask: expected with a residual");
     check_vector("mask", *mask, ScalarType::Byte, {out.size(0), out.size(2), out.size(3), filters / 8}, x);
   }
   launch.epilogue = Epilogue::kAffine;
-  launch.bn = data<float>(bn);
+  if (!bn.empty()) launch.frozen = frozen("bn", bn, 0, eps, filters, x);
   launch.side = residual.has_value() ? residual->data_ptr() : nullptr;
   launch.mask = data<uint8_t>(mask);
   launch.relu = relu;
@@ -283,38 +303,37 @@ void conv3x3_wgrad_sm90(Tensor x, Tensor g, int64_t stride, Tensor parts, Tensor
   check_launch("conv3x3_wgrad_sm90");
 }
 
-void bottleneck_affine_sm90(Tensor x, Tensor w1, Tensor bn1, Tensor w2, Tensor bn2, Tensor w3, Tensor bn3,
-                            std::optional<Tensor> w_shortcut, std::optional<Tensor> bn_shortcut, Tensor out) {
+void bottleneck_affine_sm90(Tensor x, std::vector<Tensor> weights, Vectors bns, std::vector<double> eps, Tensor out) {
   constexpr int64_t kWidth = fused_resnet::kWidth, kWide = fused_resnet::kWide;
   const DataType dtype = check_sm90("x", x);
-  const int64_t channels = fused_resnet::bottleneck_channels(w_shortcut.has_value());
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(count == 3 || count == 4, "weights: expected 3, or 4 with a projection, got ", count);
+  STD_TORCH_CHECK(bns.size() == 4 * count && eps.size() == count, "bns: expected mean, var, gamma, beta and eps of ",
+                  count, " weights, got ", bns.size(), " tensors and ", eps.size(), " numbers");
+  const bool projection = count == 4;
+  const int64_t channels = fused_resnet::bottleneck_channels(projection);
   check_rows("x", x, {x.size(0), channels, x.size(2), x.size(3)}, x);
-  check_weight("w1", w1, {kWidth, channels}, x);
-  check_weight("w2", w2, {kWidth, 3, 3, kWidth}, x);
-  check_weight("w3", w3, {kWide, kWidth}, x);
-  check_vector("bn1", bn1, ScalarType::Float, {5, kWidth}, x);
-  check_vector("bn2", bn2, ScalarType::Float, {5, kWidth}, x);
-  check_vector("bn3", bn3, ScalarType::Float, {5, kWide}, x);
-  STD_TORCH_CHECK(w_shortcut.has_value() == bn_shortcut.has_value(), "bn_shortcut: expected with w_shortcut");
-  if (w_shortcut.has_value()) {
-    check_weight("w_shortcut", *w_shortcut, {kWide, kWidth}, x);
-    check_vector("bn_shortcut", *bn_shortcut, ScalarType::Float, {5, kWide}, x);
-  }
+  check_weight("weights[0]", weights[0], {kWidth, channels}, x);
+  check_weight("weights[1]", weights[1], {kWidth, 3, 3, kWidth}, x);
+  check_weight("weights[2]", weights[2], {kWide, kWidth}, x);
+  if (projection) check_weight("weights[3]", weights[3], {kWide, kWidth}, x);
   check_rows("out", out, {x.size(0), kWide, x.size(2), x.size(3)}, x);
   const auto size = [&x](int i) { return static_cast<int>(x.size(i)); };
-  const auto vector = [](const Tensor& t) { return static_cast<const float*>(t.data_ptr()); };
+  const auto bn = [&](size_t i) {
+    return frozen("bns[" + std::to_string(i) + "]", bns, 4 * i, eps[i], weights[i].size(0), x);
+  };
   fused_resnet::BottleneckLaunch launch{};
   launch.shape = {size(0), size(2), size(3)};
   launch.dtype = dtype;
   launch.x = x.data_ptr();
-  launch.w1 = w1.data_ptr();
-  launch.w2 = w2.data_ptr();
-  launch.w3 = w3.data_ptr();
-  launch.w_shortcut = w_shortcut.has_value() ? w_shortcut->data_ptr() : nullptr;
-  launch.bn1 = vector(bn1);
-  launch.bn2 = vector(bn2);
-  launch.bn3 = vector(bn3);
-  launch.bn_shortcut = data<float>(bn_shortcut);
+  launch.w1 = weights[0].data_ptr();
+  launch.w2 = weights[1].data_ptr();
+  launch.w3 = weights[2].data_ptr();
+  launch.w_shortcut = projection ? weights[3].data_ptr() : nullptr;
+  launch.bn1 = bn(0);
+  launch.bn2 = bn(1);
+  launch.bn3 = bn(2);
+  if (projection) launch.bn_shortcut = bn(3);
   launch.out = out.data_ptr();
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   fused_resnet::launch_bottleneck_sm90(launch, stream_of(x));
@@ -333,15 +352,13 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
   m.def("bn_join(Tensor c, Tensor bn, Tensor shortcut, Tensor? bn_shortcut, Tensor(a!) out, Tensor(b!) mask) -> ()");
   m.def("conv3x3_stats_sm90(Tensor x, Tensor w, int stride, Tensor(a!) out, Tensor(b!) partials) -> ()");
   m.def(
-      "conv3x3_affine_sm90(Tensor x, Tensor w, Tensor? bn, Tensor? residual, Tensor? mask, bool relu, int stride, "
-      "Tensor(a!) out) -> ()");
+      "conv3x3_affine_sm90(Tensor x, Tensor w, Tensor?[] bn, float eps, Tensor? residual, Tensor? mask, bool relu, "
+      "int stride, Tensor(a!) out) -> ()");
   m.def(
       "conv3x3_relu_grad_sm90(Tensor g, Tensor w, Tensor relu_c, Tensor relu_bn, Tensor(a!) dx, Tensor(b!) sums) "
       "-> ()");
   m.def("conv3x3_wgrad_sm90(Tensor x, Tensor g, int stride, Tensor(a!) parts, Tensor(b!) dw) -> ()");
-  m.def(
-      "bottleneck_affine_sm90(Tensor x, Tensor w1, Tensor bn1, Tensor w2, Tensor bn2, Tensor w3, Tensor bn3, "
-      "Tensor? w_shortcut, Tensor? bn_shortcut, Tensor(a!) out) -> ()");
+  m.def("bottleneck_affine_sm90(Tensor x, Tensor[] weights, Tensor?[] bns, float[] eps, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CompositeExplicitAutograd, m) {

@@ -10,7 +10,6 @@
 #include <cuda_fp16.h>
 
 #include "bn.h"
-#include "bn_math.h"
 
 namespace fused_resnet {
 namespace {
@@ -68,10 +67,11 @@ __global__ void count_batch_kernel(int64_t* num_batches_tracked) { *num_batches_
 __global__ void __launch_bounds__(128) bn_frozen_kernel(FrozenArguments a) {
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (channel >= a.channels) return;
-  const double rstd = 1.0 / sqrt(a.running_var[channel] + a.eps);
-  const double scale = a.gamma == nullptr ? rstd : a.gamma[channel] * rstd;
-  const double beta = a.beta == nullptr ? 0.0 : a.beta[channel];
-  store_vectors(a.bn + channel, a.channels, a.running_mean[channel], rstd, scale, beta, 0.0);
+  const FrozenBatchNorm& bn = a.running;
+  const double rstd = 1.0 / sqrt(bn.var[channel] + bn.eps);
+  const double scale = bn.gamma == nullptr ? rstd : bn.gamma[channel] * rstd;
+  const double beta = bn.beta == nullptr ? 0.0 : bn.beta[channel];
+  store_vectors(a.bn + channel, a.channels, bn.mean[channel], rstd, scale, beta, 0.0);
 }
 
 template <typename T>
@@ -89,8 +89,7 @@ __device__ __forceinline__ void store(__nv_bfloat16* p, float v) { *p = __float2
 // Zero for negative values; a NaN stays a NaN, as in PyTorch.
 __device__ __forceinline__ float relu(float v) { return v < 0.0f ? 0.0f : v; }
 
-// One thread, one byte of the mask: eight channels of a pixel. kVector: channels % 8 == 0, so that eight values are
-// one aligned access.
+// One thread, one byte of the mask: eight channels of a pixel. kVector: they are one aligned access.
 template <typename T, bool kVector, bool kAffineShortcut>
 __global__ void __launch_bounds__(256) bn_join_kernel(JoinArguments a) {
   const int64_t bytes_per_pixel = (a.channels + 7) / 8;
@@ -152,7 +151,8 @@ void launch_join_of(const JoinArguments& a, cudaStream_t stream) {
   constexpr int64_t kMaxBlocks = 1 << 20;
   const int64_t wanted = (total + kThreads - 1) / kThreads;
   const unsigned blocks = static_cast<unsigned>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
-  const bool vector = a.channels % 8 == 0;
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Eight<T>) == 0; };
+  const bool vector = a.channels % 8 == 0 && aligned(a.c) && aligned(a.shortcut) && aligned(a.out);
   const bool affine = a.bn_shortcut != nullptr;
   if (vector && affine) {
     bn_join_kernel<T, true, true><<<blocks, kThreads, 0, stream>>>(a);

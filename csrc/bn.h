@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "bn_math.h"
 #include "data_type.h"
 
 namespace fused_resnet {
@@ -27,13 +28,9 @@ struct FinalizeArguments {
 void launch_bn_finalize(const FinalizeArguments& arguments, cudaStream_t stream);
 
 struct FrozenArguments {
-  const float* running_mean;  // [channels]
-  const float* running_var;
-  const float* gamma;  // [channels] or null: 1
-  const float* beta;   // [channels] or null: 0
-  float* bn;           // [5, channels], the last row 0: constants in backward
+  FrozenBatchNorm running;
+  float* bn;  // [5, channels], the last row 0: constants in backward
   int64_t channels;
-  double eps;
 };
 
 void launch_bn_frozen(const FrozenArguments& arguments, cudaStream_t stream);

@@ -1,7 +1,9 @@
-// Merging of channel statistics and the vectors of a BatchNorm: plain arithmetic, callable on host and device.
+// Merging of channel statistics, and the affine of a BatchNorm: plain arithmetic, callable on host and device.
 //
 // Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
 #pragma once
+
+#include <cmath>
 
 #include "data_type.h"
 
@@ -30,5 +32,23 @@ FUSED_RESNET_HD double running(double old_value, double value, double weight) {
 
 // M2 / (n - 1); for a single value M2 itself, which is 0.
 FUSED_RESNET_HD double unbiased_variance(Statistics s) { return s.m2 / (s.count > 1.0 ? s.count - 1.0 : 1.0); }
+
+// A BatchNorm with running statistics, vectors [channels]; gamma and beta null: 1 and 0.
+struct FrozenBatchNorm {
+  const float *mean, *var, *gamma, *beta;
+  double eps;
+};
+
+// value * scale + shift is what a BatchNorm makes of a channel.
+struct Affine {
+  float scale, shift;
+};
+
+FUSED_RESNET_HD Affine affine_of(const FrozenBatchNorm& bn, int channel) {
+  const float gamma = bn.gamma == nullptr ? 1.0f : bn.gamma[channel];
+  const float beta = bn.beta == nullptr ? 0.0f : bn.beta[channel];
+  const float scale = gamma / sqrtf(bn.var[channel] + static_cast<float>(bn.eps));
+  return {scale, beta - bn.mean[channel] * scale};
+}
 
 }  // namespace fused_resnet

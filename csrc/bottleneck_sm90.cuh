@@ -17,6 +17,7 @@
 // The machine's instructions come from hopper/ptx.cuh, or from the CPU emulation in the tests, included before.
 #pragma once
 
+#include "bn_math.h"
 #include "bottleneck_tile.h"
 #include "halo_convolution.cuh"
 
@@ -24,8 +25,7 @@ namespace fused_resnet {
 
 struct BottleneckArguments {
   SquareTiles shape;
-  // [5, 64], [5, 64], [5, 256]: mean, rstd, scale, shift, 1 / count; that of the projection's like bn3
-  const float *bn1, *bn2, *bn3, *bn_shortcut;
+  FrozenBatchNorm bn1, bn2, bn3, bn_shortcut;  // the last one with a projection
 };
 
 template <DataType type, bool kProjection>
@@ -63,10 +63,10 @@ struct BottleneckBlock {
       hopper::barrier_init_done();
     }
     if (thread < hopper::kConsumers) {
-      copy_vectors(a.bn1, kWidth, Memory::kScale1, thread);
-      copy_vectors(a.bn2, kWidth, Memory::kScale2, thread);
-      copy_vectors(a.bn3, kWide, Memory::kScale3, thread);
-      if constexpr (kProjection) copy_vectors(a.bn_shortcut, kWide, Memory::kScaleShortcut, thread);
+      store_affines(a.bn1, kWidth, Memory::kScale1, thread);
+      store_affines(a.bn2, kWidth, Memory::kScale2, thread);
+      store_affines(a.bn3, kWide, Memory::kScale3, thread);
+      if constexpr (kProjection) store_affines(a.bn_shortcut, kWide, Memory::kScaleShortcut, thread);
       hopper::fence_async_proxy();  // wgmma passes over them, see BottleneckMemory
     }
     hopper::sync_block();
@@ -81,10 +81,12 @@ struct BottleneckBlock {
   }
 
  private:
-  // Scale and shift are neighbouring rows of the table.
-  FUSED_RESNET_DEVICE void copy_vectors(const float* bn, uint32_t channels, uint32_t to, uint32_t thread) {
-    for (uint32_t i = thread; i < 2 * channels; i += hopper::kConsumers) {
-      hopper::store_shared_float(base + to + 4 * i, bn[2 * channels + i]);
+  // Scale of all channels, and behind them shift.
+  FUSED_RESNET_DEVICE void store_affines(const FrozenBatchNorm& bn, uint32_t channels, uint32_t to, uint32_t thread) {
+    for (uint32_t i = thread; i < channels; i += hopper::kConsumers) {
+      const Affine affine = affine_of(bn, static_cast<int>(i));
+      hopper::store_shared_float(base + to + 4 * i, affine.scale);
+      hopper::store_shared_float(base + to + 4 * (channels + i), affine.shift);
     }
   }
 
@@ -147,7 +149,7 @@ struct BottleneckBlock {
   }
 
   // Scale and shift of two neighbouring channels.
-  struct Affine {
+  struct AffinePair {
     float scale[2], shift[2];
 
     FUSED_RESNET_DEVICE float operator()(float value, int j) const { return value * scale[j] + shift[j]; }
@@ -156,8 +158,8 @@ struct BottleneckBlock {
       return value < 0.0f ? 0.0f : value;  // a NaN stays one, as in PyTorch
     }
   };
-  FUSED_RESNET_DEVICE Affine affine(uint32_t scale, uint32_t shift, uint32_t channel) const {
-    Affine pair;
+  FUSED_RESNET_DEVICE AffinePair affine(uint32_t scale, uint32_t shift, uint32_t channel) const {
+    AffinePair pair;
     hopper::load_shared_pair(pair.scale, base + scale + 4 * channel);
     hopper::load_shared_pair(pair.shift, base + shift + 4 * channel);
     return pair;
@@ -214,7 +216,7 @@ struct BottleneckBlock {
 #pragma unroll
     for (uint32_t eight = 0; eight < 8; ++eight) {
       const uint32_t column = hopper::accumulator_column(thread, eight * 4);
-      const Affine bn = affine(Memory::kScale1, Memory::kShift1, column);
+      const AffinePair bn = affine(Memory::kScale1, Memory::kShift1, column);
 #pragma unroll
       for (uint32_t half = 0; half < 2; ++half) {
         const uint32_t i = eight * 4 + half * 2, row = first_row + hopper::accumulator_row(thread, i);
@@ -234,7 +236,7 @@ struct BottleneckBlock {
     convolve_halo<type>(acc, activation(thread / 128), base + Memory::kW2, thread);
 #pragma unroll
     for (uint32_t eight = 0; eight < 8; ++eight) {
-      const Affine bn = affine(Memory::kScale2, Memory::kShift2, hopper::accumulator_column(thread, eight * 4));
+      const AffinePair bn = affine(Memory::kScale2, Memory::kShift2, hopper::accumulator_column(thread, eight * 4));
 #pragma unroll
       for (uint32_t half = 0; half < 2; ++half) {
         const uint32_t i = eight * 4 + half * 2;
@@ -279,8 +281,8 @@ struct BottleneckBlock {
 #pragma unroll
       for (uint32_t eight = 0; eight < 8; ++eight) {
         const uint32_t column = hopper::accumulator_column(thread, eight * 4), channel = slice * kWidth + column;
-        const Affine bn = affine(Memory::kScale3, Memory::kShift3, channel);
-        Affine bn_shortcut{};
+        const AffinePair bn = affine(Memory::kScale3, Memory::kShift3, channel);
+        AffinePair bn_shortcut{};
         if constexpr (kProjection) bn_shortcut = affine(Memory::kScaleShortcut, Memory::kShiftShortcut, channel);
 #pragma unroll
         for (uint32_t half = 0; half < 2; ++half) {

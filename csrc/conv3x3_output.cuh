@@ -7,6 +7,7 @@
 // The machine's instructions come from hopper/ptx.cuh, or from the CPU emulation in the tests, included before.
 #pragma once
 
+#include "bn_math.h"
 #include "conv3x3_tile.h"
 
 namespace fused_resnet {
@@ -14,11 +15,12 @@ namespace fused_resnet {
 struct Conv3x3Arguments {
   Conv3x3Shape shape;
   int partial_rows;
-  const float* bn;      // [5, filters]: mean, rstd, scale, shift, 1 / count; null (kAffine): out = acc + side
-  float* partials;      // [partial_rows, 3 or 2, filters]
-  bool side;            // kAffine: add the side tensor,
-  const uint8_t* mask;  // of which only the values whose bit is set, [pixels, filters / 8]; null: all
-  bool relu;            // kAffine
+  FrozenBatchNorm frozen;  // kAffine: of the output; mean null: out = acc + side
+  const float* bn;         // kReluGradient: [5, filters] of the side tensor: mean, rstd, scale, shift, 1 / count
+  float* partials;         // [partial_rows, 3 or 2, filters]
+  bool side;               // kAffine: add the side tensor,
+  const uint8_t* mask;     // of which only the values whose bit is set, [pixels, filters / 8]; null: all
+  bool relu;               // kAffine
 };
 
 // Which output pixels the 64 rows of a warpgroup are: consecutive ones, over [pixels, filters] ...
@@ -56,7 +58,7 @@ struct PixelSquare {
   }
 };
 
-// One for each consumer thread. Memory says where buffers, sums, counts and the side tensor's barriers lie.
+// One for each consumer thread. Memory says where buffers, sums, counts, vectors and the side tensor's barriers lie.
 template <DataType type, int kBlockN, Epilogue kEpilogue, typename Memory>
 struct Conv3x3Output {
   using TensorMap = hopper::TensorMap;
@@ -126,6 +128,24 @@ struct Conv3x3Output {
     return base + Memory::kBuffers + (thread / 128 * 2 + which) * Memory::kBuffer;
   }
 
+  FUSED_RESNET_DEVICE uint32_t vectors() const { return base + Memory::kVectors + thread / 128 * 3 * 64 * 4; }
+
+  // Scale, shift and, of kReluGradient, mean of 64 filters, one by each of as many threads, before the warpgroup meets.
+  FUSED_RESNET_DEVICE void prepare_vectors(int column) {
+    if (thread % 128 >= 64) return;
+    const int filter = column + static_cast<int>(thread % 128);
+    const uint32_t to = vectors() + thread % 128 * 4;
+    Affine affine{1.0f, 0.0f};
+    if constexpr (kEpilogue == Epilogue::kReluGradient) {
+      affine = {a.bn[2 * a.shape.filters + filter], a.bn[3 * a.shape.filters + filter]};
+      hopper::store_shared_float(to + 2 * 64 * 4, a.bn[filter]);
+    } else if (a.frozen.mean != nullptr) {
+      affine = affine_of(a.frozen, filter);
+    }
+    hopper::store_shared_float(to, affine.scale);
+    hopper::store_shared_float(to + 64 * 4, affine.shift);
+  }
+
   // Welford's update, a row at a time: all of a thread's channels have the same count.
   template <typename Pixels>
   FUSED_RESNET_DEVICE void add_statistics(const float (&acc)[kBlockN / 2], const Pixels& pixels) {
@@ -148,23 +168,20 @@ struct Conv3x3Output {
   template <typename Pixels>
   FUSED_RESNET_DEVICE void store_slice(const float (&acc)[kBlockN / 2], int slice, const Pixels& pixels, int column) {
     const uint32_t from = buffer_address(buffer);
-    const int filters = a.shape.filters;
-    if (!has_side()) {
-      // Two buffers take turns: at most the last store may still be reading.
-      if (thread % 128 == 0) hopper::store_wait_read<1>();
-      hopper::sync_threads(1 + thread / 128, 128);
-    }
+    // Two buffers take turns: at most the last store may still be reading.
+    if (!has_side() && thread % 128 == 0) hopper::store_wait_read<1>();
+    if constexpr (kEpilogue != Epilogue::kStatistics) prepare_vectors(column);
+    hopper::sync_threads(1 + thread / 128, 128);
 #pragma unroll
     for (int eight = 0; eight < 8; ++eight) {
       const uint32_t local = hopper::accumulator_column(thread, eight * 4);
-      float scale[2] = {1.0f, 1.0f}, shift[2] = {}, mean[2] = {};
-      if (kEpilogue != Epilogue::kStatistics && a.bn != nullptr) {
-        for (int j = 0; j < 2; ++j) {
-          const float* bn = a.bn + column + local + j;
-          scale[j] = bn[2 * filters];
-          shift[j] = bn[3 * filters];
-          if (kEpilogue == Epilogue::kReluGradient) mean[j] = bn[0];
-        }
+      float scale[2], shift[2], mean[2];
+      if constexpr (kEpilogue != Epilogue::kStatistics) {
+        hopper::load_shared_pair(scale, vectors() + local * 4);
+        hopper::load_shared_pair(shift, vectors() + (64 + local) * 4);
+      }
+      if constexpr (kEpilogue == Epilogue::kReluGradient) {
+        hopper::load_shared_pair(mean, vectors() + (2 * 64 + local) * 4);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -176,7 +193,7 @@ struct Conv3x3Output {
         if (has_side()) hopper::unpack<type>(hopper::load_shared(address), beside[0], beside[1]);
         if (kEpilogue == Epilogue::kAffine && a.mask != nullptr) {
           const uint32_t row = hopper::accumulator_row(thread, i);
-          const int64_t byte = (pixels.index(a.shape, row) * filters + column) / 8 + eight;
+          const int64_t byte = (pixels.index(a.shape, row) * a.shape.filters + column) / 8 + eight;
           const int bits = pixels.inside(a.shape, row) ? a.mask[byte] >> local % 8 : 0;
           for (int j = 0; j < 2; ++j) beside[j] = bits >> j & 1 ? beside[j] : 0.0f;
         }

@@ -38,7 +38,8 @@ void launch_kernel(Kernel kernel, const Conv3x3Launch& l, const Conv3x3Maps& map
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const TensorMap out = hopper::encode(maps.out, l.out);
   const TensorMap side = l.side == nullptr ? out : hopper::encode(maps.out, l.side);
-  const Conv3x3Arguments arguments{l.shape, l.partial_rows, l.bn, l.partials, l.side != nullptr, l.mask, l.relu};
+  const Conv3x3Arguments arguments{l.shape,    l.partial_rows,    l.frozen, l.bn,
+                                   l.partials, l.side != nullptr, l.mask,   l.relu};
   const int grid = items < sms ? items : sms;
   kernel<<<grid, hopper::kThreads, bytes, stream>>>(arguments, hopper::encode(maps.x, l.x), hopper::encode(maps.w, l.w),
                                                     out, side);

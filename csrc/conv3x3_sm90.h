@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "bn_math.h"
 #include "conv3x3_tile.h"
 
 namespace fused_resnet {
@@ -11,13 +12,14 @@ struct Conv3x3Launch {
   Conv3x3Shape shape;
   DataType dtype;  // float16 or bfloat16
   Epilogue epilogue;
-  const void* x;        // [images, height, width, channels]
-  const void* w;        // [filters, 3, 3, channels]
-  const float* bn;      // [5, filters]; null with kStatistics, and with kAffine where out = acc + side
-  const void* side;     // [pixels, filters] or null
-  const uint8_t* mask;  // [pixels, filters / 8], the values of `side` that count, or null: all
-  void* out;            // [pixels, filters]
-  float* partials;      // [partial_rows, 3 or 2, filters] or null
+  const void* x;           // [images, height, width, channels]
+  const void* w;           // [filters, 3, 3, channels]
+  FrozenBatchNorm frozen;  // kAffine: of the output; mean null: out = acc + side
+  const float* bn;         // kReluGradient: [5, filters] of `side`
+  const void* side;        // [pixels, filters] or null
+  const uint8_t* mask;     // [pixels, filters / 8], the values of `side` that count, or null: all
+  void* out;               // [pixels, filters]
+  float* partials;         // [partial_rows, 3 or 2, filters] or null
   int partial_rows;
   bool relu;
 };

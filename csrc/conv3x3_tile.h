@@ -69,7 +69,8 @@ inline int conv3x3_block_n(const Conv3x3Shape& shape, Epilogue epilogue, bool si
 }
 
 // Shared memory, bytes from an aligned start: the ring of operand tiles, two buffers of 64 x 64 results (and of the
-// side tensor in their place) for each consumer, the sums of the eight consumer warps, and the barriers.
+// side tensor in their place) for each consumer, the sums of the eight consumer warps, the vectors of the 64 filters
+// that each consumer is about to write, and the barriers.
 template <int kBlockN, Epilogue kEpilogue>
 struct Conv3x3Memory {
   static constexpr uint32_t kStages = kBlockN == 256 ? 4 : kBlockN == 128 ? 5 : 6;
@@ -79,7 +80,8 @@ struct Conv3x3Memory {
   static constexpr uint32_t kBuffers = kStages * kStage;
   static constexpr uint32_t kSums = kBuffers + 4 * kBuffer;  // [8 warps, kBlockN, 2] and [8 warps] floats
   static constexpr uint32_t kCounts = kSums + (kEpilogue == Epilogue::kAffine ? 0 : 8 * kBlockN * 2 * 4);
-  static constexpr uint32_t kFull = kCounts + 8 * 4;  // barriers of 8 bytes
+  static constexpr uint32_t kVectors = kCounts + 8 * 4;         // [2 warpgroups, 3, 64] floats
+  static constexpr uint32_t kFull = kVectors + 2 * 3 * 64 * 4;  // barriers of 8 bytes
   static constexpr uint32_t kEmpty = kFull + kStages * 8;
   static constexpr uint32_t kSide = kEmpty + kStages * 8;
   static constexpr uint32_t kBytes = hopper::kTileAlignment + kSide + 2 * 8;
@@ -121,7 +123,8 @@ struct HaloMemory {
   static constexpr uint32_t kBuffers = kSlots + 2 * kStages * kHaloSlot;
   static constexpr uint32_t kSums = kBuffers + 4 * kBuffer;
   static constexpr uint32_t kCounts = kSums + (kEpilogue == Epilogue::kAffine ? 0 : 8 * 64 * 2 * 4);
-  static constexpr uint32_t kFull = kCounts + 8 * 4;  // [2 warpgroups, kStages]
+  static constexpr uint32_t kVectors = kCounts + 8 * 4;         // [2 warpgroups, 3, 64] floats
+  static constexpr uint32_t kFull = kVectors + 2 * 3 * 64 * 4;  // [2 warpgroups, kStages]
   static constexpr uint32_t kEmpty = kFull + 2 * kStages * 8;
   static constexpr uint32_t kSide = kEmpty + 2 * kStages * 8;
   static constexpr uint32_t kWeightsHere = kSide + 2 * 8;

@@ -192,9 +192,9 @@ int faulty(int fault, char* error) {
 
 // Kernels. Runs the kernel as launch_conv3x3_sm90 would; block_n 0: its choice. 0, or 1 with the reason in `error`
 // [256].
-int conv3x3(const int* shape, int bfloat16, int epilogue, int block_n, void* x, void* w, const float* bn, void* side,
-            const uint8_t* mask, void* out, float* partials, int partial_rows, int relu, int sms, int seed,
-            char* error) {
+int conv3x3(const int* shape, int bfloat16, int epilogue, int block_n, void* x, void* w, const FrozenBatchNorm* frozen,
+            const float* bn, void* side, const uint8_t* mask, void* out, float* partials, int partial_rows, int relu,
+            int sms, int seed, char* error) {
   return guarded(error, [&] {
     const Conv3x3Shape s = shape_of(shape);
     const auto kind = static_cast<Epilogue>(epilogue);
@@ -204,7 +204,7 @@ int conv3x3(const int* shape, int bfloat16, int epilogue, int block_n, void* x, 
     const auto bytes = [](void* p) { return static_cast<uint8_t*>(p); };
     const hopper::TensorMap maps[4] = {
         {specs.x, bytes(x)}, {specs.w, bytes(w)}, {specs.out, bytes(out)}, {specs.out, bytes(side)}};
-    const Conv3x3Arguments a{s, partial_rows, bn, partials, side != nullptr, mask, relu != 0};
+    const Conv3x3Arguments a{s, partial_rows, *frozen, bn, partials, side != nullptr, mask, relu != 0};
     bfloat16 ? run_conv3x3<DataType::kBFloat16>(a, kind, n, maps, sms, seed)
              : run_conv3x3<DataType::kFloat16>(a, kind, n, maps, sms, seed);
   });
@@ -223,8 +223,7 @@ int conv3x3_wgrad(const int* shape, int bfloat16, void* x, void* g, float* dw, i
 
 // Runs the kernel as launch_bottleneck_sm90 would.
 int bottleneck(const int* shape, int bfloat16, void* x, void* w1, void* w2, void* w3, void* w_shortcut,
-               const float* bn1, const float* bn2, const float* bn3, const float* bn_shortcut, void* out, int sms,
-               int seed, char* error) {
+               const FrozenBatchNorm* bns, void* out, int sms, int seed, char* error) {
   return guarded(error, [&] {
     const SquareTiles s{shape[0], shape[1], shape[2]};
     const bool projection = w_shortcut != nullptr;
@@ -232,7 +231,7 @@ int bottleneck(const int* shape, int bfloat16, void* x, void* w1, void* w2, void
     const auto bytes = [](void* p) { return static_cast<uint8_t*>(p); };
     const hopper::TensorMap maps[6] = {{specs.x, bytes(x)},   {specs.w1, bytes(w1)},         {specs.w2, bytes(w2)},
                                        {specs.w3, bytes(w3)}, {specs.w3, bytes(w_shortcut)}, {specs.out, bytes(out)}};
-    const BottleneckArguments a{s, bn1, bn2, bn3, bn_shortcut};
+    const BottleneckArguments a{s, bns[0], bns[1], bns[2], bns[3]};
     constexpr auto kBf = DataType::kBFloat16, kHalf = DataType::kFloat16;
     if (projection) {
       bfloat16 ? run_bottleneck<kBf, true>(a, maps, sms, seed) : run_bottleneck<kHalf, true>(a, maps, sms, seed);

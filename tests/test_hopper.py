@@ -206,34 +206,39 @@ def test_bottleneck_tiles_cover_every_pixel_once(machine, shape):
 # The kernels' source on the emulated machine
 
 
+class _FrozenBatchNorm(ctypes.Structure):
+    """The struct of bn_math.h."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("mean", "var", "gamma", "beta")), ("eps", ctypes.c_double)]
+
+
 class _EmulatedLibrary:
     """Stands in for torch.ops.fused_resnet_cuda: the operators of bindings.cpp that have an emulated kernel."""
 
     def __init__(self, machine, sms=2, seed=0, block_n=0):
         self.machine, self.sms, self.seed, self.block_n = machine, sms, seed, block_n
 
-    def _conv3x3(self, epilogue, x, w, stride, out, bn=None, side=None, mask=None, relu=False, partials=None):
+    def _conv3x3(
+        self, epilogue, x, w, stride, out, frozen=(), bn=None, side=None, mask=None, relu=False, partials=None
+    ):  # fmt: skip
         n, c, h, width = x.shape
         assert w.is_contiguous() and w.shape[1:] == (3, 3, c)
         rows = 0 if partials is None else partials.shape[0]
-        tensors = map(_pointer, (x, w, bn, side, mask, out, partials))
-        shape = _ints(n, h, width, c, w.shape[0], stride)
+        operands, tensors = map(_pointer, (x, w)), map(_pointer, (bn, side, mask, out, partials))
+        shape, kind = _ints(n, h, width, c, w.shape[0], stride), int(x.dtype == torch.bfloat16)
         numbers = rows, int(relu), self.sms, self.seed
-        _call(
-            self.machine.conv3x3, shape, int(x.dtype == torch.bfloat16), epilogue, self.block_n, *tensors, *numbers
-        )  # fmt: skip
-
-    def bn_frozen(self, mean, var, gamma, beta, eps, bn):
-        bn.copy_(reference.bn_frozen(mean, var, gamma, beta, eps))
+        vectors = ctypes.byref(_FrozenBatchNorm(*frozen))
+        _call(self.machine.conv3x3, shape, kind, epilogue, self.block_n, *operands, vectors, *tensors, *numbers)
 
     def conv3x3_stats_sm90(self, x, w, stride, out, partials):
         self._conv3x3(STATISTICS, x, w, stride, out, partials=partials)
 
-    def conv3x3_affine_sm90(self, x, w, bn, residual, mask, relu, stride, out):
-        self._conv3x3(AFFINE, x, w, stride, out, bn, residual, mask, relu)
+    def conv3x3_affine_sm90(self, x, w, bn, eps, residual, mask, relu, stride, out):
+        frozen = (*map(_pointer, bn), eps) if bn else ()
+        self._conv3x3(AFFINE, x, w, stride, out, frozen, None, residual, mask, relu)
 
     def conv3x3_relu_grad_sm90(self, g, w, relu_c, relu_bn, dx, sums):
-        self._conv3x3(RELU_GRADIENT, g, w, 1, dx, relu_bn, relu_c, partials=sums)
+        self._conv3x3(RELU_GRADIENT, g, w, 1, dx, (), relu_bn, relu_c, partials=sums)
 
     def conv3x3_wgrad_sm90(self, x, g, stride, parts, dw):
         n, c, h, w = x.shape
@@ -242,11 +247,14 @@ class _EmulatedLibrary:
         _call(self.machine.conv3x3_wgrad, shape, int(x.dtype == torch.bfloat16), *tensors, parts.shape[0], self.seed)
         dw.copy_(parts.sum(0))
 
-    def bottleneck_affine_sm90(self, x, w1, bn1, w2, bn2, w3, bn3, w_shortcut, bn_shortcut, out):
+    def bottleneck_affine_sm90(self, x, weights, bns, eps, out):
         n, _, h, w = x.shape
-        tensors = map(_pointer, (x, w1, w2, w3, w_shortcut, bn1, bn2, bn3, bn_shortcut, out))
+        shape, kind = _ints(n, h, w), int(x.dtype == torch.bfloat16)
+        frozen = [_FrozenBatchNorm(*map(_pointer, bns[4 * i : 4 * i + 4]), eps[i]) for i in range(len(weights))]
+        tensors = map(_pointer, (x, *weights, *[None] * (4 - len(weights))))
         _call(
-            self.machine.bottleneck, _ints(n, h, w), int(x.dtype == torch.bfloat16), *tensors, self.sms, self.seed
+            self.machine.bottleneck, shape, kind, *tensors, (_FrozenBatchNorm * 4)(*frozen), _pointer(out), self.sms,
+            self.seed,
         )  # fmt: skip
 
 
@@ -295,6 +303,15 @@ def test_wide_tiles_and_deep_channels(emulated, poison, block_n, seed):
     emulated(block_n=block_n, seed=seed, sms=1 + seed)
     problem = _conv("conv_affine", 1, 12, 13, 128, 256, 1 + seed % 2, DTYPES[seed % 2], "affine")
     testing.check_operator(problem, _launch(problem), torch.Generator().manual_seed(seed), "cpu")
+
+
+@pytest.mark.parametrize("filters", [64, 128])
+def test_batchnorm_without_gamma_and_beta(emulated, filters):
+    problem = _conv("conv_affine", 1, 5, 6, 64, filters, 1, torch.bfloat16, "affine+residual")
+    x, w, bn, *others = testing.operator_arguments(problem, torch.Generator().manual_seed(0), "cpu")
+    arguments = x, w, bn._replace(gamma=None, beta=None), *others
+    judge = reference.conv_affine(*testing.as_double(arguments))
+    testing.assert_within_budget(_launch(problem)(*arguments), judge, reference.conv_affine(*arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -133,13 +133,14 @@ for call, words in (
      ["running_mean: expected a CUDA tensor"]),
     (lambda: op.conv3x3_stats_sm90(image, torch.ones(64, 3, 3, 64), 1, image, torch.ones(64, 3, 64)),
      ["x: expected a CUDA tensor"]),
-    (lambda: op.conv3x3_affine_sm90(image, torch.ones(64, 3, 3, 64), None, None, None, True, 1, image),
-     ["x: expected a CUDA tensor"]),
+    (lambda: op.conv3x3_affine_sm90(image, torch.ones(64, 3, 3, 64), [vectors, vectors, None, None], 1e-5, None, None,
+                                    True, 1, image), ["x: expected a CUDA tensor"]),
     (lambda: op.conv3x3_relu_grad_sm90(image, torch.ones(64, 3, 3, 64), image, vectors, image, torch.ones(64, 2, 64)),
      ["x: expected a CUDA tensor"]),
     (lambda: op.conv3x3_wgrad_sm90(image, image, 1, *[torch.ones(1, 64, 3, 3, 64)] * 2),
      ["x: expected a CUDA tensor"]),
-    (lambda: op.bottleneck_affine_sm90(image, *[vectors] * 6, None, None, image), ["x: expected a CUDA tensor"]),
+    (lambda: op.bottleneck_affine_sm90(image, [vectors] * 3, [vectors, vectors, None, None] * 3, [1e-5] * 3, image),
+     ["x: expected a CUDA tensor"]),
 ):
     try:
         call()

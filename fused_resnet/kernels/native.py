@@ -87,6 +87,12 @@ def _require_geometry(geometry, strides: tuple[int, ...]) -> int:
     return pairs[0][0]
 
 
+def _frozen(bn, channels: int) -> tuple[list[Tensor | None], float]:
+    """([mean, var, gamma | None, beta | None] in fp32, eps) of a Frozen; the kernel makes scale and shift of them."""
+    *vectors, eps = require_frozen(bn, channels)
+    return [_float(vector) for vector in vectors], eps
+
+
 def _conv3x3_output(x, w, stride):
     """Check the operands of a 3x3 convolution and allocate its output [N, K, P, Q]; ValueError."""
     require_rows("x", x)
@@ -122,10 +128,10 @@ def launch_conv3x3_affine(x, w, bn, residual, relu, geometry, plan):
     """
     stride = _require_geometry(geometry, (1, 2))
     out = _conv3x3_output(x, w, stride)
-    table = launch_bn_frozen(*require_frozen(bn, w.shape[0]), plan)
+    vectors, eps = _frozen(bn, w.shape[0])
     if residual is not None:
         require_like("residual", residual, out)
-    _library().conv3x3_affine_sm90(x, tap_major(w), table, residual, None, relu, stride, out)
+    _library().conv3x3_affine_sm90(x, tap_major(w), vectors, eps, residual, None, relu, stride, out)
     return out
 
 
@@ -155,7 +161,7 @@ def launch_conv3x3_dgrad(grad, w, geometry, input_hw, relu_of, addend, addend_st
             require_like("addend", addend.g, dx)
             mask = None if addend.mask is None else require_mask(addend.mask, dx)
         side = None if addend is None else addend.g
-        _library().conv3x3_affine_sm90(g, weight, None, side, mask, False, 1, dx)
+        _library().conv3x3_affine_sm90(g, weight, [], 0.0, side, mask, False, 1, dx)
         return dx, None
     require_like("relu_of", relu_of.c, dx)
     require_vectors("relu_of.bn", relu_of.bn, 5, dx.shape[1])
@@ -213,8 +219,7 @@ def launch_bottleneck_affine(x, weights, bns, geometry, plan):
     if c != channels:
         raise ValueError(f"x is {tuple(x.shape)}; expected {channels} channels")
     out = empty_rows(n, 256, height, width, like=x)
-    tables = [launch_bn_frozen(*require_frozen(bn, w.shape[0]), plan) for w, bn in zip(weights, bns)]
     matrices = [tap_major(w) if w.shape[2] == 3 else w.flatten(1).contiguous() for w in weights]
-    pairs = [t for pair in zip(matrices, tables) for t in pair] + [None, None] * (4 - len(weights))
-    _library().bottleneck_affine_sm90(x, *pairs, out)
+    vectors, eps = zip(*(_frozen(bn, w.shape[0]) for w, bn in zip(weights, bns)))
+    _library().bottleneck_affine_sm90(x, matrices, [v for four in vectors for v in four], eps, out)
     return out
