@@ -127,7 +127,6 @@ struct Conv3x3Output {
   FUSED_RESNET_DEVICE uint32_t buffer_address(uint32_t which) const {
     return base + Memory::kBuffers + (thread / 128 * 2 + which) * Memory::kBuffer;
   }
-
   FUSED_RESNET_DEVICE uint32_t vectors() const { return base + Memory::kVectors + thread / 128 * 3 * 64 * 4; }
 
   // Scale, shift and, of kReluGradient, mean of 64 filters, one by each of as many threads, before the warpgroup meets.
@@ -186,15 +185,14 @@ struct Conv3x3Output {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = slice * 32 + eight * 4 + half * 2;
-        const uint32_t address = from + hopper::tile_offset(hopper::accumulator_row(thread, i), local);
-        const bool inside =
-            kEpilogue == Epilogue::kReluGradient && pixels.inside(a.shape, hopper::accumulator_row(thread, i));
+        const uint32_t row = hopper::accumulator_row(thread, i);
+        const uint32_t address = from + hopper::tile_offset(row, local);
+        const bool inside = kEpilogue != Epilogue::kStatistics && pixels.inside(a.shape, row);
         float beside[2] = {}, value[2];
         if (has_side()) hopper::unpack<type>(hopper::load_shared(address), beside[0], beside[1]);
         if (kEpilogue == Epilogue::kAffine && a.mask != nullptr) {
-          const uint32_t row = hopper::accumulator_row(thread, i);
           const int64_t byte = (pixels.index(a.shape, row) * a.shape.filters + column) / 8 + eight;
-          const int bits = pixels.inside(a.shape, row) ? a.mask[byte] >> local % 8 : 0;
+          const int bits = inside ? a.mask[byte] >> local % 8 : 0;
           for (int j = 0; j < 2; ++j) beside[j] = bits >> j & 1 ? beside[j] : 0.0f;
         }
 #pragma unroll

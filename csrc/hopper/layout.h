@@ -5,7 +5,8 @@
 // consecutive rows then have the same column in eight different chunks, that is in all 32 banks, wherever they start.
 //
 // Sources: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions" (matrix descriptor, register fragments,
-// swizzling modes); CUTLASS, cute/arch/mma_sm90_desc.hpp, for the descriptor's bits.
+// swizzling modes); CuTe, whose make_gmma_desc, 128-byte layouts, CLayout_64xN and ALayout_64x16 give the same
+// descriptors, offsets and registers for every tile that the kernels have.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // The instructions of Hopper that the kernels use, one small function each, with no logic of their own.
 //
-// Own inline PTX instead of CuTe's atoms: the kernels need two loads, one store, one matrix instruction at three widths
-// and four barrier operations. That is this file, which reads in five minutes, builds in seconds and adds no header
+// Own inline PTX instead of CuTe's atoms: the kernels need a few copies, one matrix instruction at four widths and a
+// handful of barrier operations. That is this file, which reads in five minutes, builds in seconds and adds no header
 // package to the build, where CuTe would bring 6 MB of templates and half a minute for each kernel. The price, that
 // encodings must be right without a library's checks, is paid by layout.h, whose arithmetic the tests run on the host,
 // and by kernels that name no instruction themselves: tests/hopper_machine.h implements these functions on the CPU, and
@@ -9,7 +9,8 @@
 //
 // Shared memory is addressed by 32-bit addresses in its own window. Everything here needs sm_90a.
 //
-// Source: PTX ISA 8.x, sections "mbarrier", "cp.async.bulk.tensor", "wgmma", "ldmatrix", "setmaxnreg".
+// Source: PTX ISA 8.x, sections "mbarrier", "cp.async.bulk.tensor", "wgmma", "ldmatrix", "setmaxnreg"; operands compared
+// with those of CuTe's atoms (cute/arch/mma_sm90_gmma.hpp, copy_sm90_tma.hpp) and CUTLASS's barriers (arch/barrier.h).
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,6 +1,8 @@
 // What a TMA tensor map says, as plain numbers: built here, encoded by tensor_map.cu, read by the tests' emulation.
 //
-// Source: CUDA driver API, cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col, whose limits `fault` checks.
+// Source: CUDA driver API, cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col, whose limits `fault` checks; PTX ISA,
+// "im2col mode". CUTLASS's convolutions for sm90, forward and weight gradient, encode the same maps of activations and
+// start their loads at the same coordinates and offsets.
 #pragma once
 
 #include <cstdint>
