@@ -60,8 +60,6 @@ struct Conv3x3Block {
   FUSED_RESNET_DEVICE uint32_t empty(uint32_t stage) const { return base + Memory::kEmpty + 8 * stage; }
 
   FUSED_RESNET_DEVICE void produce() {
-    hopper::prefetch_map(x);
-    hopper::prefetch_map(w);
     hopper::RingPosition at;
     for (int item = hopper::block_index(); item < work.items(); item += hopper::grid_size()) {
       const int row = item / work.columns, column = item % work.columns * kBlockN;

@@ -494,7 +494,6 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   machine::wait_until([b, parity] { return b->phase != parity; });
 }
 
-inline void prefetch_map(const TensorMap&) {}
 inline void load_matrix(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row) {
   machine::require(map.spec.rank == 2, "tensor map of another rank");
   machine::load_tiled(to, map, barrier, column, row, 0, 0);

@@ -1,4 +1,5 @@
-// Where a value lies: tiles in shared memory, matrix descriptors, and the registers of wgmma. Plain arithmetic.
+// Where a value lies: tiles in shared memory, matrix descriptors, and the registers of wgmma; the roles of threads.
+// Plain arithmetic.
 //
 // Every operand tile has rows of 64 values of 16 bits, 128 bytes, in the 128-byte swizzle: the 16-byte chunk c of row r
 // lies at chunk c ^ (r % 8) of its row. The tile starts at a multiple of 1024 bytes, the period of the pattern. Eight

@@ -9,8 +9,9 @@
 //
 // Shared memory is addressed by 32-bit addresses in its own window. Everything here needs sm_90a.
 //
-// Source: PTX ISA 8.x, sections "mbarrier", "cp.async.bulk.tensor", "wgmma", "ldmatrix", "setmaxnreg"; operands compared
-// with those of CuTe's atoms (cute/arch/mma_sm90_gmma.hpp, copy_sm90_tma.hpp) and CUTLASS's barriers (arch/barrier.h).
+// Source: PTX ISA 8.x, sections "mbarrier", "cp.async.bulk.tensor", "wgmma", "ldmatrix", "setmaxnreg". The wrappers of
+// CuTe and CUTLASS (mma_sm90_gmma.hpp, copy_sm90_tma.hpp, barrier.h) compile to the same machine instructions, but for
+// the cache hint of their tiled loads.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -130,9 +131,6 @@ FUSED_RESNET_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
 
 // TMA: one thread issues the copy of a whole box
 
-FUSED_RESNET_DEVICE void prefetch_map(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 FUSED_RESNET_DEVICE void load_matrix(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
