@@ -113,7 +113,7 @@ def measure_case(
         if time.monotonic() > stop and all(len(t) >= 3 for t in times.values()):
             break
     with torch.device("meta"):
-        network = torchvision_model(case.model)
+        network = torchvision_model(case.model).eval()  # a batch of one, with 1x1 maps, has no statistics
     dtype = str(DTYPES[case.dtype]).removeprefix("torch.")
     work = roofline.layers(network, (case.batch, 3, case.size, case.size), dtype)
     floor = roofline.floor_seconds(work.values(), ceilings, case.mode == "training")
