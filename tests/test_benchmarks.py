@@ -11,7 +11,7 @@ import fused_resnet
 from benchmarks import environment, layers, parity, plot, roofline, run
 from benchmarks.baselines import BASELINES, Absent, Case
 from benchmarks.results import load
-from fused_resnet import tuning
+from fused_resnet import reference, tuning
 from fused_resnet.plan import Problem, Work
 
 
@@ -55,6 +55,8 @@ def test_floor_takes_the_longer_of_arithmetic_and_traffic():
         (["--batches", "8", "0"], "--batches: expected a positive integer, got 0"),
         (["--size", "16"], "--size: expected at least 32 pixels, got 16"),
         (["--budget", "0"], "--budget: expected a positive number of seconds, got 0"),
+        (["--tune", "-1"], "--tune: expected 0 or a number of seconds below --budget inf, got -1"),
+        (["--tune", "60", "--budget", "60"], "--tune: expected 0 or a number of seconds below --budget 60, got 60"),
     ],
 )
 def test_bad_options_are_named_before_anything_runs(arguments, message, tmp_path, capsys):
@@ -74,7 +76,7 @@ def small(monkeypatch):
 
 
 def test_small_run_writes_rows_picture_and_environment(small, tmp_path, capsys):
-    options = ["--models", "resnet18", "--batches", "2", "--size", "32", "--baselines", "eager", "graph"]
+    options = ["--models", "resnet18", "--batches", "2", "--size", "32", "--baselines", "eager", "graph", "--tune", "0"]
     assert run.main([*options, "--dtypes", "fp32", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["environment"]["torch"] == torch.__version__
@@ -102,11 +104,25 @@ def test_wrong_network_fails_parity_and_is_not_timed(small, tmp_path, monkeypatc
         return model
 
     monkeypatch.setattr(fused_resnet, "resnet18", broken)
-    options = ["--models", "resnet18", "--batches", "2", "--size", "32", "--dtypes", "fp32", "--out", str(tmp_path)]
-    assert run.main(options) == 1
+    options = ["--models", "resnet18", "--batches", "2", "--size", "32", "--dtypes", "fp32", "--tune", "0"]
+    assert run.main([*options, "--out", str(tmp_path)]) == 1
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["rows"] == [] and not results["parity"][0]["passed"]
     assert "parity failed: nothing is timed" in capsys.readouterr().err
+
+
+def test_wrong_kernel_in_inference_fails_parity_too(monkeypatch):
+    monkeypatch.setattr(parity, "_RUNS", 2)
+    affine = reference.conv_affine
+
+    def wrong(x, w, frozen, residual, relu, geometry):
+        return affine(x, w, frozen._replace(eps=0.01), residual, relu, geometry)
+
+    case = Case("resnet18", "inference", 2, "fp32", 32, "cpu")
+    assert parity.check(case, "reference").passed
+    monkeypatch.setattr(reference, "conv_affine", wrong)
+    outcome = parity.check(case, "reference")
+    assert [(check.what, check.passed) for check in outcome.checks] == [("logits", False)]
 
 
 def test_table_shows_losses_and_errors():
