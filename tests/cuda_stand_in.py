@@ -28,7 +28,12 @@ def _here(value):
 
 class _OnCpu(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = {name: _here(value) for name, value in (kwargs or {}).items()}
+        kwargs = kwargs or {}
+        if func is torch.device:
+            return func(*args, **kwargs)
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        kwargs = {name: _here(value) for name, value in kwargs.items()}
         return func(*map(_here, args), **kwargs)
 
 
@@ -87,6 +92,8 @@ _FUNCTIONS = {
     "memory_reserved": lambda: 12,
     "max_memory_allocated": lambda: 15,
     "current_stream": Stream,
+    "get_rng_state": torch.get_rng_state,
+    "set_rng_state": lambda state: None,
 }
 
 
