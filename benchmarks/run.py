@@ -156,18 +156,20 @@ def _words(arguments: argparse.Namespace, seconds: float) -> list[str]:
     return words
 
 
-def _spawn(words: list[str], seconds: float, log: Path) -> None:
-    """`benchmarks.tune` in a process of its own, which a wrong kernel may take down; ended if it outlasts its time."""
+def _spawn(words: list[str], seconds: float, log: Path) -> int:
+    """`benchmarks.tune` in a process of its own, which a wrong kernel may take down: its exit status. TimeoutExpired:
+    it outlasted its time, and was ended."""
     root = str(Path(__file__).parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with open(log, "a") as file:
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "benchmarks.tune", *words],
             env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
             stdout=file,
             stderr=subprocess.STDOUT,
             timeout=seconds,
         )
+    return done.returncode
 
 
 def _card() -> plan.Device:
@@ -195,10 +197,12 @@ def _tune(arguments: argparse.Namespace, results: Results) -> None:
             break
         try:
             # Half a minute more for its start and its last problem.
-            _spawn([*_words(arguments, budget), *only], budget + 30, log)
+            status = _spawn([*_words(arguments, budget), *only], budget + 30, log)
         except subprocess.TimeoutExpired:
             print(f"tuning: a problem took too long, see the end of {log}; going on without it", file=sys.stderr)
             break
+        if status not in (0, 3):
+            print(f"tuning: ended with status {status}, see the end of {log}; going on without it", file=sys.stderr)
     ops.forget_plans()
     left, seconds = problems - plan.measurements(_card()).keys(), time.monotonic() - start
     counts = {"problems": len(problems), "measured": len(missing) - len(left), "left": len(left)}
