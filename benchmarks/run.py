@@ -206,11 +206,12 @@ def _tune(arguments: argparse.Namespace, results: Results) -> None:
     ops.forget_plans()
     left, seconds = problems - plan.measurements(_card()).keys(), time.monotonic() - start
     counts = {"problems": len(problems), "measured": len(missing) - len(left), "left": len(left)}
-    results.content["tuning"] = {**counts, "seconds": seconds}
+    table = tuned.location(_card().arch, torch.cuda.get_device_name())
+    results.content["tuning"] = {**counts, "seconds": seconds, "table": str(table)}
     results.write()
     print(
-        f"tuning: {counts['measured']} of {len(problems)} problems measured in {seconds:.0f} s, {len(left)} left"
-        + (", which the library runs until the next run goes on" if left else "")
+        f"tuning: {counts['measured']} of {len(problems)} problems measured in {seconds:.0f} s into {table}, "
+        + (f"{len(left)} left, which the library runs until the next run goes on" if left else "none left")
     )
 
 
