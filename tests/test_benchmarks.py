@@ -78,8 +78,8 @@ def small(monkeypatch):
 def test_small_run_writes_rows_picture_and_environment(small, tmp_path, capsys):
     options = ["--models", "resnet18", "--batches", "2", "--size", "32", "--baselines", "eager", "graph", "--tune", "0"]
     assert run.main([*options, "--dtypes", "fp32", "--out", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["environment"]["torch"] == torch.__version__
+    results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["environment"]["torch"] == torch.__version__ and results["options"]["budget"] == "inf"
     assert [(p["mode"], p["passed"]) for p in results["parity"]] == [("training", True), ("inference", True)]
     assert [len(p["losses_fused"]) for p in results["parity"]] == [2, 0]
     rows = {(row["mode"], row["contender"]): row for row in results["rows"]}
