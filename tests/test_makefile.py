@@ -40,8 +40,8 @@ def test_commands_of_a_target(target):
     logs = {Path(log) for log in re.findall(r"> (out/\S+\.log)", text)}
     assert sum(files for _, files in written) + len(logs) <= 8
     assert all(len(path.parts) <= 2 for path, files in written if files)
-    limits = re.findall(r"timeout (\d+|\$\(\((\d+) \+ (\d+)\)\))", text)
-    assert sum(int(one) if one.isdigit() else int(a) + int(b) for one, a, b in limits) < 600
+    limits = re.findall(r"timeout (?:-s INT -k (\d+) )?(?:\$\(\((\d+) \+ )?(\d+)", text)
+    assert len(limits) >= 2 and sum(int(number or 0) for limit in limits for number in limit) < 600
     for path in re.findall(r"(?<!=)tests/\w+\.py", text):
         assert (ROOT / path).exists()
 
