@@ -193,7 +193,7 @@ def _tune(arguments: argparse.Namespace, results: Results) -> None:
         )
     for only in (["--only", "blocks"], []) if missing else ():
         budget = arguments.tune - (time.monotonic() - start)
-        if budget <= 0:
+        if budget < 1:
             break
         try:
             # Half a minute more for its start and its last problem.
@@ -227,6 +227,8 @@ def _prove(arguments: argparse.Namespace, cases: list[Case], results: Results) -
         for impl, graph in ((impl, graph) for impl in impls for graph in (False, True)):
             small = case if device == "cuda" else case._replace(size=_PARITY_SIZE_ON_CPU)
             name = f"parity {case.model} {case.mode} {case.dtype} {impl}"
+            if card is not None:
+                name += f", by the plans of batch {case.batch}{' in a CUDA graph' if graph else ''}"
             try:
                 plans = parity.plans_of(small, impl, card, graph)
                 key = (*small._replace(batch=0), impl, str(sorted(plans.items(), key=str)))
@@ -237,7 +239,7 @@ def _prove(arguments: argparse.Namespace, cases: list[Case], results: Results) -
             except fused_resnet.Unsupported as error:
                 print(f"{name}: cannot run: {error}")
                 continue
-            results.add("parity", outcome.to_json())
+            results.add("parity", {**outcome.to_json(), "plans_of_batch": case.batch, "graph": graph})
             passed &= outcome.passed
             print(f"{name}: {'passed' if outcome.passed else 'FAILED'}")
             for check in outcome.checks:
@@ -334,6 +336,8 @@ def main(argv: list[str] | None = None) -> int:
     _tune(arguments, results)
     if not _prove(arguments, cases, results):
         print("parity failed: nothing is timed", file=sys.stderr)
+        if "tuning" in results.content:
+            print("an empty FUSED_RESNET_PLANS leaves out what was tuned here", file=sys.stderr)
         return 1
     torch.backends.cudnn.benchmark = True
     ceilings = {name: roofline.measure_ceilings(device, DTYPES[name]) for name in arguments.dtypes}

@@ -3,7 +3,7 @@
 For every operator of every layer, the Triton kernel in its legal tiles and the CUDA kernel are timed with a cold L2
 cache against the library's operators; what would enter the table is held against float64 first, on random input (fewer
 images) with the error budget of `trials`. Then whole blocks: the chain of the fastest against the library's block,
-forward and backward. Work begins with the block that moves most bytes over all its layers, and goes on block by block,
+forward and backward; anew when one of its operators was measured since. Work begins with the block that moves most bytes over all its layers, and goes on block by block,
 so that a short budget buys most. The table is written after each problem: a run may be killed, or end with its budget,
 and the next one goes on where it stopped.
 """

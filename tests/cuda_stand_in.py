@@ -13,6 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fused_resnet import graphs, ops
+from fused_resnet.kernels import native
 
 _PROPERTIES = SimpleNamespace(
     name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=227 * 1024
@@ -121,6 +122,7 @@ def pretended_card(patch):
     patch.setattr(torch, "Generator", _Generator)
     patch.setattr(CUDAGraph, "modes", [])
     patch.setattr(ops, "device_of", lambda x, impl: ops._cuda_device(0, False))
+    patch.setattr(native, "unavailable", lambda: "not built")
     patch.setattr(graphs, "_check_cuda", lambda name, tensor: None)
     ops.forget_plans()
     with _OnCpu():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cuda_stand_in import CUDAGraph, pretended_card
 
+import fused_resnet
 from benchmarks import layers, parity, roofline, run, tune
 from benchmarks.baselines import Case, _compiled
 from benchmarks.results import load
@@ -224,6 +225,24 @@ def test_layers_time_every_kernel_and_chain(card, tmp_path, monkeypatch, capsys)
     operators = [row for row in rows if row["operator"] == "bn_finalize"]
     assert {row["contender"] for row in operators} == {"library", "triton"}
     assert all(row["n"] >= 5 for row in rows if "error" not in row)
+
+
+@pytest.mark.interpreter
+def test_bench_measures_operators_blocks_graphs_and_stages(home, shipped, monkeypatch):
+    """Its own calls of the card; kernels run in the interpreter."""
+    monkeypatch.setattr(tuning.Timer, "times", lambda self, run, best: [run(), 3.0][1:])
+    stage = torch.nn.Sequential(torch.nn.Sequential(fused_resnet.FusedBasicBlock(16, 16))).eval()
+    x = torch.empty(9, 16, 3, 3)
+    with pretended_card(monkeypatch), tuning.conditions():
+        bench = tuning.Bench()
+        tasks = tuning.collect([(stage, x)]) + tuning.stages(stage, x)
+        outcomes = {task.problem: bench.measure(task) for task in tuning.in_graphs(tasks)}
+    assert not any(outcome.rejected for outcome in outcomes.values())
+    times = {(p.op, p.epilogue.startswith(plan.GRAPH)): set(o.entry["us"]) for p, o in outcomes.items()}
+    assert times["conv_affine", False] == {"library", "triton"}
+    for graph in (False, True):
+        assert times["residual_block", graph] == {"library", "triton"}
+        assert times[plan.STAGE_OP, graph] == {"library", "8"}
 
 
 def test_tuning_goes_on_in_a_new_process_behind_a_kernel_that_broke_the_device(card, monkeypatch, capsys):
