@@ -188,21 +188,16 @@ def _tune(arguments: argparse.Namespace, results: Results) -> None:
     problems = {task.problem for task in tune.choices(tune.problems(*options), _card())}
     missing = problems - plan.measurements(_card()).keys()
     if missing:
-        print(
-            f"tuning: {len(missing)} of {len(problems)} problems are not measured; {log} says how it goes", flush=True
-        )
-    for only in (["--only", "blocks"], []) if missing else ():
-        budget = arguments.tune - (time.monotonic() - start)
-        if budget < 1:
-            break
+        print(f"tuning: {len(missing)} of {len(problems)} problems to measure; {log} says how it goes", flush=True)
+        budget = max(1.0, arguments.tune - (time.monotonic() - start))
         try:
             # Half a minute more for its start and its last problem.
-            status = _spawn([*_words(arguments, budget), *only], budget + 30, log)
+            status = _spawn(_words(arguments, budget), budget + 30, log)
         except subprocess.TimeoutExpired:
             print(f"tuning: a problem took too long, see the end of {log}; going on without it", file=sys.stderr)
-            break
-        if status not in (0, 3):
-            print(f"tuning: ended with status {status}, see the end of {log}; going on without it", file=sys.stderr)
+        else:
+            if status not in (0, 3):
+                print(f"tuning: ended with status {status}, see the end of {log}; going on", file=sys.stderr)
     ops.forget_plans()
     left, seconds = problems - plan.measurements(_card()).keys(), time.monotonic() - start
     counts = {"problems": len(problems), "measured": len(missing) - len(left), "left": len(left)}

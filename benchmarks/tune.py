@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no problem is begun")
     parser.add_argument("--again", action="store_true", help="measure what the table has already, too")
     parser.add_argument("--out", type=Path, default=plan.PLANS, help="folder for sm<arch>.json")
-    parser.add_argument("--own", action="store_true", help="into your own table instead, what the package's lacks")
+    parser.add_argument(
+        "--own", action="store_true", help="into your own table instead, what the package's lacks, all blocks first"
+    )
     parser.add_argument("--dry-run", metavar="ARCH", help="list problems and candidates for a card, e.g. sm90")
     return parser
 
@@ -132,14 +134,17 @@ def main(argv: list[str] | None = None) -> int:
                     worker.wait()
             return 0
         tuner = _tuner(arguments, bench)
-        if arguments.only == "blocks":
-            tuner.ahead = lambda _: bench.chains_ahead(tasks)
         work = [task for task in choices(tasks, bench.device) if arguments.only in (None, kind_of(task))]
+        rounds = [work]
         if arguments.own:
             shipped = plan.load_table(plan.PLANS / f"sm{bench.device.arch}.json", bench.device.arch)
             work = [task for task in work if task.problem not in shipped]
+            rounds = [[task for task in work if kind_of(task) == "blocks"], work]
         try:
-            left = tuner.run(work, max(0.0, arguments.budget - (time.monotonic() - start)), arguments.again)
+            for now in rounds:
+                blocks = all(kind_of(task) == "blocks" for task in now)
+                tuner.ahead = (lambda _: bench.chains_ahead(tasks)) if blocks else bench.ahead
+                left = tuner.run(now, max(0.0, arguments.budget - (time.monotonic() - start)), arguments.again)
         except tuning.DeviceFailed as failure:
             print(failure, flush=True)
             budget = arguments.budget - (time.monotonic() - start)

@@ -3,9 +3,9 @@
 For every operator of every layer, the Triton kernel in its legal tiles and the CUDA kernel are timed with a cold L2
 cache against the library's operators; what would enter the table is held against float64 first, on random input (fewer
 images) with the error budget of `trials`. Then whole blocks: the chain of the fastest against the library's block,
-forward and backward; anew when one of its operators was measured since. Work begins with the block that moves most bytes over all its layers, and goes on block by block,
-so that a short budget buys most. The table is written after each problem: a run may be killed, or end with its budget,
-and the next one goes on where it stopped.
+forward and backward; anew when one of its operators was measured since. Work begins with the block that moves most
+bytes over all its layers, and goes on block by block, so that a short budget buys most. The table is written after each
+problem: a run may be killed, or end with its budget, and the next one goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -480,7 +480,7 @@ class Tuner:
         new = {task.problem for task in tasks if task.problem not in known}
         wanted = new | _outdated(tasks, [*known, *(task.problem for task in tasks if task.problem in new)])
         left, failed = [task for task in tasks if again or task.problem in wanted], 0
-        with self.ahead(left):
+        with self.ahead(left) if left else nullcontext():
             for done, task in enumerate(left):
                 if self.clock() - start > budget:
                     self.log(f"time is over: {len(left) - done} problems left; run again to go on")
