@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import modules, ops, plan, precompile, reference, trials, tuned
 from .explain import describe
+from .graphs import ERROR_MODE
 from .plan import Device, Measured, Plan, Problem, Work
 from .tracing import LayerTracker, run_on_meta
 
@@ -321,7 +322,7 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.stream(stream):
         run()
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=ERROR_MODE):
         run()
     return graph.replay
 

@@ -236,6 +236,7 @@ def test_bench_measures_operators_blocks_graphs_and_stages(home, shipped, monkey
         bench = tuning.Bench()
         tasks = tuning.collect([(stage, x)]) + tuning.stages(stage, x)
         outcomes = {task.problem: bench.measure(task) for task in tuning.in_graphs(tasks)}
+        assert set(CUDAGraph.modes) == {"thread_local"}
     assert not any(outcome.rejected for outcome in outcomes.values())
     times = {(p.op, p.epilogue.startswith(plan.GRAPH)): set(o.entry["us"]) for p, o in outcomes.items()}
     assert times["conv_affine", False] == {"library", "triton"}
