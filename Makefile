@@ -96,7 +96,7 @@ gpu-tune: gpu
 	status=0; \
 	timeout $$(($(BUDGET) + 50)) $(PY) -m benchmarks.tune --out $(OUT) --budget $(BUDGET) $(TUNE_ARGS) \
 		> $(OUT)/tune.log 2>&1 || status=$$?; \
-	rm -f $(OUT)/.*.lock; tail -n 20 $(OUT)/tune.log; exit $$status
+	rm -f $(OUT)/.sm*; tail -n 20 $(OUT)/tune.log; exit $$status
 
 # Every layer by itself, then whole networks against the library's forms, by the tables that ship.
 gpu-bench: gpu

@@ -471,7 +471,8 @@ class Tuner:
         """Measure what the table lacks (all of it with `again`) until `budget` seconds are over; how many are left.
 
         A block is measured anew behind an operator that was. A problem that cannot be measured, for lack of memory for
-        instance, is named in the log and left. OSError: the table cannot be written.
+        instance, is named in the log and left; one in which an earlier run was killed, since it hung for instance,
+        comes last. OSError: the table cannot be written.
         """
         start, arch = self.clock(), self.device.arch
         text = plan.read_text(self.path)
@@ -481,12 +482,18 @@ class Tuner:
         new = {task.problem for task in tasks if task.problem not in known}
         wanted = new | _outdated(tasks, [*known, *(task.problem for task in tasks if task.problem in new)])
         left, failed = [task for task in tasks if again or task.problem in wanted], 0
+        begun = self.path.with_name(f".{self.path.name}.begun")  # a note of the problem that is being measured
+        suspect = plan.read_text(begun)
+        left.sort(key=lambda task: str(task.problem) == suspect)
+        begun.parent.mkdir(parents=True, exist_ok=True)
         with self.ahead(left) if left else nullcontext():
             for done, task in enumerate(left):
                 if self.clock() - start > budget:
+                    begun.unlink(missing_ok=True)
                     self.log(f"time is over: {len(left) - done} problems left; run again to go on")
                     return len(left) - done + failed
                 head = f"[{done + 1}/{len(left)}] {task.problem.op} {describe(task.problem)}"
+                begun.write_text(str(task.problem))
                 try:
                     outcome = self.measure(task)
                 except DeviceFailed as failure:
@@ -498,6 +505,7 @@ class Tuner:
                     self.log(f"{head}: left out: {_line(error)}")
                 else:
                     self._note(task, head, *outcome)
+        begun.unlink(missing_ok=True)
         return failed
 
     def _note(self, task: Task, head: str, entry: dict, rejected: list[str]) -> None:

@@ -97,12 +97,31 @@ def test_block_is_measured_again_behind_an_operator_that_was(tmp_path, shipped):
     assert run(tasks) == (0, [])
 
 
+def test_problem_in_which_a_run_was_killed_comes_last(tmp_path, shipped):
+    path, problems = tmp_path / "sm90.json", _problems()
+
+    class Hangs(_Lab):
+        def measure(self, task):
+            if task.problem == problems[1]:
+                raise KeyboardInterrupt
+            return super().measure(task)
+
+    for measured in (problems[:1], problems[2:], []):
+        lab = Hangs()
+        with pytest.raises(KeyboardInterrupt):
+            lab.run(problems, path)
+        assert lab.measured == measured
+    lab = _Lab()
+    assert lab.run(problems, path) == 0 and lab.measured == [problems[1]]
+    assert {p.name for p in tmp_path.iterdir()} == {"sm90.json", ".sm90.json.lock"}
+
+
 def test_table_that_cannot_be_written_ends_the_run(tmp_path, shipped):
     (tmp_path / "file").touch()
     lab = _Lab()
-    with pytest.raises(OSError):
+    with pytest.warns(UserWarning, match="not a usable plan table"), pytest.raises(OSError):
         lab.run(_problems(), tmp_path / "file" / "sm90.json")
-    assert len(lab.measured) <= 1
+    assert lab.measured == []
 
 
 def test_damaged_table_is_named_and_replaced(tmp_path, shipped):
