@@ -21,6 +21,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,6 +234,11 @@ def _prove(arguments: argparse.Namespace, cases: list[Case], results: Results) -
                 outcome = parity.check(small, impl, plans, card)
             except fused_resnet.Unsupported as error:
                 print(f"{name}: cannot run: {error}")
+                continue
+            except Exception as error:  # as bad as a wrong result; the others are still looked at
+                traceback.print_exc()
+                print(f"{name}: FAILED: {_failure(error)}")
+                passed = False
                 continue
             results.add("parity", {**outcome.to_json(), "plans_of_batch": case.batch, "graph": graph})
             passed &= outcome.passed

@@ -111,6 +111,17 @@ def test_wrong_network_fails_parity_and_is_not_timed(small, tmp_path, monkeypatc
     assert "parity failed: nothing is timed" in capsys.readouterr().err
 
 
+def test_kernel_that_fails_fails_parity(small, tmp_path, monkeypatch, capsys):
+    """Each implementation and mode is looked at all the same."""
+    monkeypatch.setattr(fused_resnet, "resnet18", lambda **_: 1 / 0)
+    assert (
+        run.main(["--models", "resnet18", "--batches", "2", "--size", "32", "--tune", "0", "--out", str(tmp_path)]) == 1
+    )
+    output = capsys.readouterr()
+    assert output.out.count("FAILED: ZeroDivisionError: division by zero") == 2
+    assert "Traceback" in output.err and "nothing is timed" in output.err
+
+
 def test_wrong_kernel_in_inference_fails_parity_too(monkeypatch):
     monkeypatch.setattr(parity, "_RUNS", 2)
     affine = reference.conv_affine
