@@ -156,6 +156,24 @@ def test_digits_are_real_and_normalised():
     assert abs(float(x.mean())) < 1e-5 and float(x.std()) == pytest.approx(1, abs=1e-4)
 
 
+def test_environment_outside_a_checkout_and_of_the_first_card(monkeypatch):
+    said = {"git": None, "nvidia-smi": "580.1, 2619, 300.5, 40\n570.2, 0, 0, 0"}
+    monkeypatch.setattr(environment, "_command", lambda *words: said[words[0]])
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert environment.commit() == "unknown"
+    monkeypatch.setenv("COMMIT", "abc")
+    assert environment.commit() == "abc" and environment.describe()["driver"] == "580.1"
+    assert environment.clocks()["power.draw"] == "300.5"
+    said["nvidia-smi"] = None
+    assert environment.clocks() is None and environment.describe()["driver"] is None
+
+
+def test_ceilings_leave_the_switch_of_matrix_products_alone():
+    before = torch.backends.cuda.matmul.fp32_precision
+    ceilings = roofline.measure_ceilings("cpu", torch.float32)
+    assert min(ceilings) > 0 and torch.backends.cuda.matmul.fp32_precision == before
+
+
 def test_write_json_leaves_the_old_file_if_it_fails(tmp_path):
     path = tmp_path / "results.json"
     environment.write_json(path, {"rows": [1]})
