@@ -125,7 +125,6 @@ def _compiled(**options) -> Callable[[Case], Callable[[], Tensor]]:
         if "freezing" in options.get("options", {}) and case.mode == "training":
             raise Absent("freezing makes constants of the weights: inference only")
         model = _prepare(torchvision_model(case.model), case)
-        torch._dynamo.reset()
         return _step(torch.compile(model, **options), model, case)
 
     return build

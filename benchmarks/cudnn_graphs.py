@@ -94,7 +94,8 @@ class Graph:
 
     def __call__(self, tensors: dict[str, Tensor]) -> None:
         """Compute the outputs into their buffers, on the current stream."""
-        pack = {self._symbols[name]: tensor for name, tensor in (tensors | self._values).items()}
+        # Detached, for older frontends go through DLPack, which refuses tensors that need gradients.
+        pack = {self._symbols[name]: tensor.detach() for name, tensor in (tensors | self._values).items()}
         self._graph.execute_plan_at_index(pack, self._workspace, self._index, handle=self.handle)
 
 

@@ -33,15 +33,23 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit measured, with "-dirty" if the work tree differs from it; "unknown" outside a checkout."""
-    return _command("git", "describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+    """The commit measured, with "-dirty" if the work tree differs from it; outside a checkout what the environment's
+    COMMIT says, else "unknown"."""
+    found = _command("git", "describe", "--always", "--dirty", "--abbrev=12")
+    return found or os.environ.get("COMMIT") or "unknown"
+
+
+def _first_card(fields: str) -> list[str] | None:
+    """What nvidia-smi says of the first card now; None without it."""
+    lines = _command("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    return lines.splitlines()[0].split(", ") if lines else None
 
 
 def clocks() -> dict[str, str] | None:
     """SM and memory clock (MHz), power (W) and temperature (C) of the first card now; None without nvidia-smi."""
     fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
-    line = _command("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
-    return None if not line else dict(zip(fields.split(","), line.splitlines()[0].split(", ")))
+    values = _first_card(fields)
+    return None if values is None else dict(zip(fields.split(","), values))
 
 
 def _cpu_name() -> str:
@@ -65,7 +73,7 @@ def describe() -> dict:
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "driver": _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": (_first_card("driver_version") or [None])[0],
         "card": None if card is None else card.name,
         "arch": None if card is None else f"sm{card.major}{card.minor}",
         "cpu": _cpu_name(),

@@ -84,7 +84,8 @@ def draw(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    whole, single, parities = networks(results), layers(results), results.get("parity", [])
+    whole, single = networks(results), layers(results)
+    parities = [parity for parity in results.get("parity", []) if parity["losses_fused"]]
     measured = [row for row in whole if row.get("peak_bytes")]
     panels = [(_speed, whole), (_memory, measured), (_floors, single), (_losses, parities)]
     panels = [(panel, content) for panel, content in panels if content]

@@ -26,6 +26,7 @@ class Results:
 
     def __init__(self, path: Path, options: Namespace) -> None:
         plain = {k: v if isinstance(v, (int, float, list, type(None))) else str(v) for k, v in vars(options).items()}
+        plain = {k: str(v) if v == float("inf") else v for k, v in plain.items()}  # JSON has no infinity
         self.path = path
         self.content = {"environment": environment.describe(), "options": plain, "parity": [], "rows": []}
         self.write()

@@ -67,8 +67,13 @@ def floor_seconds(work: Iterable[Work], ceilings: Ceilings, training: bool) -> f
 
 
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """Copy bandwidth and matrix-product rate, measured now; random operands, since zeros run faster than data."""
+    """Copy bandwidth and matrix-product rate, measured now; random operands, since zeros run faster than data.
+
+    fp32 products run as PyTorch's convolutions do: on tensor cores (TF32), unless its switch says otherwise.
+    """
     cuda = device == "cuda"
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
     elements = 2**30 if cuda else 2**24
     side = 8192 if cuda else 1024
     source = torch.randn(elements // dtype.itemsize, device=device).to(dtype)
@@ -76,6 +81,7 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     copy = _best_seconds(lambda: target.copy_(source), cuda)
     product = _best_seconds(lambda: a @ b, cuda)
+    matmul.fp32_precision = before
     return Ceilings(2 * source.numel() * dtype.itemsize / copy, 2 * side**3 / product)
 
 

@@ -1,18 +1,27 @@
-"""The main job: prove parity with torchvision, then time fused against it, in training and in inference.
+"""The main job: tune, prove parity with torchvision, then time fused against it, in training and in inference.
 
     python -m benchmarks.run --models resnet50 --modes training inference --batches 32 256 --dtypes bf16
 
+`auto` takes a fused kernel only where one was measured to be faster. So on a GPU, what no table has of the cases'
+problems is measured first, into the user's own table (`fused_resnet.tune`): whole blocks, then operators, those that
+move most bytes first, and the blocks again behind theirs. What is left when `--tune` is over stays the library's, and
+the next run goes on. Parity is proven with the plans that are timed.
+
 Contenders are interleaved, round by round, so that a card that heats up or throttles slows all of them alike. Every row
 is written as soon as it is measured: results.json holds the environment, the parity checks and the rows, losses among
-them, and results.png shows them. Exit status: 0, 1 if parity fails (nothing is timed then), 2 for a bad option.
+them, and results.png shows them. Exit status: 0, 1 if parity fails (nothing is timed then) or nothing could be timed, 2
+for a bad option.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
+import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,37 +29,63 @@ import torch
 from tqdm import tqdm
 
 import fused_resnet
+from fused_resnet import ops, plan, tuned
 from fused_resnet.models import BUILDERS
 from fused_resnet.plan import IMPLS
 
-from . import environment, parity, plot, roofline, timing
+from . import environment, parity, plot, roofline, timing, tune
 from .baselines import BASELINES, DTYPES, Absent, Case, fused, torchvision_model
-from .results import Results, case_of
+from .results import Results, case_of, networks
+from .tune import MODES
 
-MODES = ("training", "inference")
+_TUNING_SECONDS = 300.0
+_PARITY_SIZE_ON_CPU = 48
 _SECONDS_PER_CASE = {"cuda": 6.0, "cpu": 12.0}
 _ROUNDS = 40
 _COLUMNS = ("model", "mode", "dtype", "batch", "contender", "ms", "q25-q75", "images/s", "peak MB", "of roofline", "")
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _warm_up(run: Callable[[], object], device: str) -> int | None:
-    """Two calls, and the peak of memory that the second one needs beyond what lay there before; None on a CPU."""
-    run()
-    _synchronize(device)
-    if device != "cuda":
-        run()
-        return None
+def _forget() -> None:
+    """Free what earlier contenders held. Compiled code goes once for all: it would be gone for those built before."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _set_aside() -> int:
+    """Bytes that lie in the memory pools of CUDA graphs."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def _prepare(build: Callable, case: Case) -> tuple[Callable[[], object], int | None]:
+    """A contender, warmed up by three calls, for compiled CUDA graphs are recorded in the second one; and the peak of
+    memory that a step needs beyond weights and optimizer, with what a graph set aside for it, None on a CPU."""
+    if case.device != "cuda":
+        run = build(case)
+        for _ in range(3):
+            run()
+        return run, None
+    before = _set_aside()
+    run = build(case)
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    kept = max(0, _set_aside() - before)
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    lying = torch.cuda.memory_allocated()
     run()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return run, torch.cuda.max_memory_allocated() - lying + kept
+
+
+def _failure(error: Exception) -> str:
+    if isinstance(error, (Absent, fused_resnet.Unsupported)):
+        return str(error)
+    return f"{type(error).__name__}: {str(error)[:300].partition(chr(10))[0]}"
 
 
 def measure_case(
@@ -59,27 +94,27 @@ def measure_case(
     """Build, warm up and time the contenders of one case in turn; one row each, with `error` where it could not run."""
     rows = {name: {**case._asdict(), "contender": name} for name in contenders}
     runs, peaks = {}, {}
+    _forget()
     for name, build in contenders.items():
         try:
-            runs[name] = build(case)
-            peaks[name] = _warm_up(runs[name], case.device)
-        except (Absent, fused_resnet.Unsupported) as error:
-            rows[name]["error"] = str(error)
-            runs.pop(name, None)
+            runs[name], peaks[name] = _prepare(build, case)
         except Exception as error:  # one contender's failure, out of memory or in a compiler, is a row like any other
-            rows[name]["error"] = f"{type(error).__name__}: {str(error)[:300].partition(chr(10))[0]}"
-            runs.pop(name, None)
+            rows[name]["error"] = _failure(error)
         if case.device == "cuda":
             torch.cuda.empty_cache()
     times: dict[str, list[float]] = {name: [] for name in runs}
     stop = time.monotonic() + seconds
     for _ in range(_ROUNDS):
-        for name, run in runs.items():
-            times[name].append(timing.seconds(run, case.device))
+        for name, run in list(runs.items()):
+            try:
+                times[name].append(timing.seconds(run, case.device))
+            except Exception as error:  # the others' graphs may have taken its memory
+                rows[name]["error"] = _failure(error)
+                del runs[name], times[name]
         if time.monotonic() > stop and all(len(t) >= 3 for t in times.values()):
             break
     with torch.device("meta"):
-        network = torchvision_model(case.model)
+        network = torchvision_model(case.model).eval()  # a batch of one, with 1x1 maps, has no statistics
     dtype = str(DTYPES[case.dtype]).removeprefix("torch.")
     work = roofline.layers(network, (case.batch, 3, case.size, case.size), dtype)
     floor = roofline.floor_seconds(work.values(), ceilings, case.mode == "training")
@@ -114,29 +149,106 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(line, widths)), line[-1]]).rstrip() for line in lines)
 
 
-def _prove(arguments: argparse.Namespace, device: str, results: Results) -> bool:
-    """Parity of every model, dtype and implementation to be timed; False if any check fails."""
+def _words(arguments: argparse.Namespace, seconds: float) -> list[str]:
+    """The options of `benchmarks.tune` for these cases."""
+    words = ["--own", "--budget", f"{seconds:.0f}", "--size", str(arguments.size)]
+    for option in ("models", "batches", "dtypes", "modes"):
+        words += [f"--{option}", *map(str, getattr(arguments, option))]
+    return words
+
+
+def _spawn(words: list[str], seconds: float, log: Path) -> int:
+    """`benchmarks.tune` in a process of its own, which a wrong kernel may take down: its exit status. TimeoutExpired:
+    it outlasted its time, and was ended."""
+    root = str(Path(__file__).parent.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    with open(log, "a") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.tune", *words],
+            env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=seconds,
+        )
+    return done.returncode
+
+
+def _card() -> plan.Device:
+    return ops.device_of(torch.empty(0, device="cuda"), "auto")
+
+
+def _tune(arguments: argparse.Namespace, results: Results) -> None:
+    """Measure what no table has of the cases' problems. Says what came of it, and puts it down in the results."""
+    if "auto" not in arguments.impl or not arguments.tune:
+        return
+    if tuned.folder() is None:
+        print("tuning: FUSED_RESNET_PLANS is empty, so there is no folder for a table: `auto` goes by the shipped one")
+        return
+    start, log = time.monotonic(), arguments.out / "tune.log"
+    options = arguments.models, arguments.batches, arguments.dtypes, arguments.modes, arguments.size
+    problems = {task.problem for task in tune.choices(tune.problems(*options), _card())}
+    missing = problems - plan.measurements(_card()).keys()
+    if missing:
+        print(f"tuning: {len(missing)} of {len(problems)} problems to measure; {log} says how it goes", flush=True)
+        budget = max(1.0, arguments.tune - (time.monotonic() - start))
+        try:
+            # Half a minute more for its start and its last problem.
+            status = _spawn(_words(arguments, budget), budget + 30, log)
+        except subprocess.TimeoutExpired:
+            print(f"tuning: a problem took too long, see the end of {log}; going on without it", file=sys.stderr)
+        else:
+            if status not in (0, 3):
+                print(f"tuning: ended with status {status}, see the end of {log}; going on", file=sys.stderr)
+    ops.forget_plans()
+    left, seconds = problems - plan.measurements(_card()).keys(), time.monotonic() - start
+    counts = {"problems": len(problems), "measured": len(missing) - len(left), "left": len(left)}
+    table = tuned.location(_card().arch, torch.cuda.get_device_name())
+    results.content["tuning"] = {**counts, "seconds": seconds, "table": str(table)}
+    results.write()
+    print(
+        f"tuning: {counts['measured']} of {len(problems)} problems measured in {seconds:.0f} s into {table}, "
+        + (f"{len(left)} left, which the library runs until the next run goes on" if left else "none left")
+    )
+
+
+def _prove(arguments: argparse.Namespace, cases: list[Case], results: Results) -> bool:
+    """Parity of every case and implementation to be timed, once for equal plans; False if any check fails."""
+    device = cases[0].device
+    card = _card() if device == "cuda" else None
     impls = [impl for impl in arguments.impl if impl != "none"]
     if device == "cpu" and impls == ["auto"]:
         impls = ["reference"]  # under "auto" a CPU runs the library's operators: nothing would be proven
-    passed = True
-    size = 96 if device == "cuda" else 48
-    for model in arguments.models:
-        for dtype in arguments.dtypes:
-            for impl in impls:
-                try:
-                    outcome = parity.check(Case(model, "training", 16, dtype, size, device), impl)
-                except fused_resnet.Unsupported as error:
-                    print(f"parity {model} {dtype} {impl}: cannot run: {error}")
+    passed, proven = True, set()
+    for case in cases:
+        for impl, graph in ((impl, graph) for impl in impls for graph in (False, True)):
+            small = case if device == "cuda" else case._replace(size=_PARITY_SIZE_ON_CPU)
+            name = f"parity {case.model} {case.mode} {case.dtype} {impl}"
+            if card is not None:
+                name += f", by the plans of batch {case.batch}{' in a CUDA graph' if graph else ''}"
+            try:
+                plans = parity.plans_of(small, impl, card, graph)
+                key = (*small._replace(batch=0), impl, str(sorted(plans.items(), key=str)))
+                if key in proven:
                     continue
-                results.add("parity", outcome.to_json())
-                passed &= outcome.passed
-                print(f"parity {model} {dtype} {impl}: {'passed' if outcome.passed else 'FAILED'}")
-                for check in outcome.checks:
-                    mark = "" if check.passed else "   <- beyond the limit"
-                    print(f"    {check.what:22} error {check.error:.2e}, torchvision {check.peer_error:.2e}{mark}")
-                pairs = zip(outcome.losses_fused, outcome.losses_torchvision)
-                shown = [f"{a:.3f}/{b:.3f}" for a, b in list(pairs)[::4]]
+                proven.add(key)
+                outcome = parity.check(small, impl, plans, card)
+            except fused_resnet.Unsupported as error:
+                print(f"{name}: cannot run: {error}")
+                continue
+            except Exception as error:  # as bad as a wrong result; the others are still looked at
+                traceback.print_exc()
+                print(f"{name}: FAILED: {_failure(error)}")
+                passed = False
+                continue
+            results.add("parity", {**outcome.to_json(), "plans_of_batch": case.batch, "graph": graph})
+            passed &= outcome.passed
+            print(f"{name}: {'passed' if outcome.passed else 'FAILED'}")
+            for check in outcome.checks:
+                mark = "" if check.passed else "   <- beyond the limit"
+                print(f"    {check.what:22} error {check.error:.2e}, torchvision {check.peer_error:.2e}{mark}")
+            pairs = zip(outcome.losses_fused, outcome.losses_torchvision)
+            shown = [f"{a:.3f}/{b:.3f}" for a, b in list(pairs)[::4]]
+            if shown:
                 print(f"    losses fused/torchvision, every fourth step: {'  '.join(shown)}")
     return passed
 
@@ -168,8 +280,12 @@ def _check_options(arguments: argparse.Namespace, device: str) -> str | None:
                 return f"{option}: expected a positive integer, got {value}"
     if min(arguments.size, 32) < 32:
         return f"--size: expected at least 32 pixels, got {arguments.size}"
-    if arguments.budget <= 0:
+    if not arguments.budget > 0:
         return f"--budget: expected a positive number of seconds, got {arguments.budget}"
+    if not 0 <= arguments.tune < arguments.budget:
+        return f"--tune: expected 0 or a number of seconds below --budget {arguments.budget:g}, got {arguments.tune:g}"
+    if device == "cpu" and arguments.tune:
+        return "--tune: needs a CUDA device; expected 0 here"
     if device == "cpu" and "fp16" in arguments.dtypes:
         return "--dtypes: fp16 needs a CUDA device, allowed here: fp32, bf16"
     return None
@@ -187,7 +303,16 @@ def _parse(argv: list[str] | None, device: str) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=224 if cuda else 64, help="image height and width in pixels")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for results.json and results.png")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--tune",
+        type=float,
+        metavar="SECONDS",
+        help="for what no table has measured yet, 0: never; default: on a GPU 300, but at most half of --budget",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.tune is None:
+        arguments.tune = min(_TUNING_SECONDS, arguments.budget / 2) if cuda else 0.0
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -199,15 +324,8 @@ def main(argv: list[str] | None = None) -> int:
         print(complaint, file=sys.stderr)
         return 2
     start = time.monotonic()
-    torch.backends.cudnn.benchmark = True
     if device == "cpu":
         print("No GPU here: a small configuration on the CPU. Its times say nothing about speed on a GPU.")
-    results = Results(arguments.out / "results.json", arguments)
-    if not _prove(arguments, device, results):
-        print("parity failed: nothing is timed", file=sys.stderr)
-        return 1
-    ceilings = {name: roofline.measure_ceilings(device, DTYPES[name]) for name in arguments.dtypes}
-    results.content["ceilings"] = {name: c._asdict() for name, c in ceilings.items()}
     cases = [
         Case(model, mode, batch, dtype, arguments.size, device)
         for model in arguments.models
@@ -215,6 +333,16 @@ def main(argv: list[str] | None = None) -> int:
         for dtype in arguments.dtypes
         for batch in arguments.batches
     ]
+    results = Results(arguments.out / "results.json", arguments)
+    _tune(arguments, results)
+    if not _prove(arguments, cases, results):
+        print("parity failed: nothing is timed", file=sys.stderr)
+        if "tuning" in results.content:
+            print("an empty FUSED_RESNET_PLANS leaves out what was tuned here", file=sys.stderr)
+        return 1
+    torch.backends.cudnn.benchmark = True
+    ceilings = {name: roofline.measure_ceilings(device, DTYPES[name]) for name in arguments.dtypes}
+    results.content["ceilings"] = {name: c._asdict() for name, c in ceilings.items()}
     contenders = _contenders(arguments, device)
     for case in tqdm(cases, desc="cases", disable=None):
         if time.monotonic() - start > arguments.budget:
@@ -225,6 +353,9 @@ def main(argv: list[str] | None = None) -> int:
     print(table(results.content["rows"]))
     plot.draw(results.content, arguments.out / "results.png")
     print(f"{results.path} and results.png written, {time.monotonic() - start:.0f} s")
+    if not networks(results.content):
+        print("nothing was timed", file=sys.stderr)
+        return 1
     if device == "cpu":
         print("Measured on a CPU: this says nothing about speed on a GPU.")
     return 0

@@ -3,22 +3,26 @@
     python -m benchmarks.tune --models resnet50 --batches 256 --dtypes bf16 --modes training inference --budget 540
 
 What is measured, how, and in which order, `fused_resnet.tuning` says. The table is rewritten, atomically, after each
-problem, so a run may be killed, or end with its budget, and the next one goes on where it stopped. Exit status: 0, 2
-for a bad option, 3 if problems are left.
+problem, so a run may be killed, or end with its budget, and the next one goes on where it stopped. A kernel that breaks
+the device costs its process alone: what is left goes on in a new one. Exit status: 0, 1 if the device is broken and the
+table does not say by what, 2 for a bad option, 3 if problems are left.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet import models, plan, tuning
+from fused_resnet import models, plan, tuned, tuning
 from fused_resnet.explain import describe, device_for
 
 from . import environment
@@ -41,6 +45,17 @@ def runs(
                     yield model, torch.empty(batch, 3, size, size, dtype=DTYPES[dtype], device="meta")
 
 
+def problems(names: list[str], batches: list[int], dtypes: list[str], modes: list[str], size: int) -> list[tuning.Task]:
+    """What can be measured for these options, in the order of `tuning.collect`, stages last."""
+    options = names, batches, dtypes, modes, size
+    return tuning.collect(runs(*options)) + [task for run in runs(*options) for task in tuning.stages(*run)]
+
+
+def choices(tasks: list[tuning.Task], device: plan.Device) -> list[tuning.Task]:
+    """Those that leave a choice on a device, and each block in a CUDA graph, too."""
+    return list(tuning.in_graphs(tuning.with_kernels(tasks, device)))
+
+
 def kind_of(task: tuning.Task) -> str:
     """Which of `KINDS` a task is."""
     if task.problem.op == plan.STAGE_OP:
@@ -60,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no problem is begun")
     parser.add_argument("--again", action="store_true", help="measure what the table has already, too")
     parser.add_argument("--out", type=Path, default=plan.PLANS, help="folder for sm<arch>.json")
+    parser.add_argument(
+        "--own", action="store_true", help="into your own table instead, what the package's lacks, all blocks first"
+    )
     parser.add_argument("--dry-run", metavar="ARCH", help="list problems and candidates for a card, e.g. sm90")
     return parser
 
@@ -75,17 +93,37 @@ def _dry_run(tasks: list[tuning.Task], arch: str) -> int:
     return 0
 
 
+def _tuner(arguments: argparse.Namespace, bench: tuning.Bench) -> tuning.Tuner:
+    """Into the table that ships, or the user's own."""
+    if arguments.own:
+        return tuning.own_tuner(bench)
+    described = environment.describe()
+    kept = ("card", "driver", "torch", "cuda", "cudnn", "triton", "date", "commit")
+    origin = {"fused_resnet": fused_resnet.__version__} | {key: str(described[key]) for key in kept}
+    path = arguments.out / f"sm{bench.device.arch}.json"
+    return tuning.Tuner(bench.device, path, origin, {}, bench.measure, bench.ahead)
+
+
+def _go_on(argv: list[str], budget: float) -> NoReturn:
+    """This command from its beginning, in a new program under the same process id."""
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.tune", *argv, "--budget", str(budget)])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    start = time.monotonic()
+    argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
-    if min(*arguments.batches, arguments.size) < 1:
-        print("--batches, --size: expected positive integers", file=sys.stderr)
+    if min(*arguments.batches, arguments.size) < 1 or not arguments.budget > 0:
+        print("--batches, --size, --budget: expected positive numbers", file=sys.stderr)
+        return 2
+    if arguments.own and tuned.folder() is None:
+        print("--own: FUSED_RESNET_PLANS is empty, so there is no folder for it", file=sys.stderr)
         return 2
     if not arguments.dry_run and not torch.cuda.is_available():
         print("tuning needs a CUDA device; --dry-run sm90 lists the problems without one", file=sys.stderr)
         return 2
-    options = arguments.models, arguments.batches, arguments.dtypes, arguments.modes, arguments.size
-    tasks = tuning.collect(runs(*options)) + [task for run in runs(*options) for task in tuning.stages(*run)]
+    tasks = problems(arguments.models, arguments.batches, arguments.dtypes, arguments.modes, arguments.size)
     if arguments.dry_run:
         return _dry_run(tasks, arguments.dry_run)
     with tuning.conditions():
@@ -95,15 +133,26 @@ def main(argv: list[str] | None = None) -> int:
                 for worker in running:
                     worker.wait()
             return 0
-        path = arguments.out / f"sm{bench.device.arch}.json"
-        described = environment.describe()
-        kept = ("card", "driver", "torch", "cuda", "cudnn", "triton", "date", "commit")
-        origin = {"fused_resnet": fused_resnet.__version__} | {key: str(described[key]) for key in kept}
-        ahead = bench.ahead if arguments.only != "blocks" else lambda _: bench.chains_ahead(tasks)
-        tuner = tuning.Tuner(bench.device, path, origin, {}, bench.measure, ahead)
-        work = list(tuning.in_graphs(tuning.with_kernels(tasks, bench.device)))
-        work = [task for task in work if arguments.only in (None, kind_of(task))]
-        left = tuner.run(work, arguments.budget, arguments.again)
+        tuner = _tuner(arguments, bench)
+        work = [task for task in choices(tasks, bench.device) if arguments.only in (None, kind_of(task))]
+        rounds = [work]
+        if arguments.own:
+            shipped = plan.load_table(plan.PLANS / f"sm{bench.device.arch}.json", bench.device.arch)
+            work = [task for task in work if task.problem not in shipped]
+            rounds = [[task for task in work if kind_of(task) == "blocks"], work]
+        try:
+            for now in rounds:
+                blocks = all(kind_of(task) == "blocks" for task in now)
+                tuner.ahead = (lambda _: bench.chains_ahead(tasks)) if blocks else bench.ahead
+                left = tuner.run(now, max(0.0, arguments.budget - (time.monotonic() - start)), arguments.again)
+        except tuning.DeviceFailed as failure:
+            print(failure, flush=True)
+            budget = arguments.budget - (time.monotonic() - start)
+            if failure.entry is None or arguments.again:
+                return 1
+            if budget <= 0:
+                return 3
+            return _go_on(argv, budget)
     return 0 if left == 0 else 3
 
 

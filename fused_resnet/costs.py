@@ -136,11 +136,19 @@ class Profile(list[Cost]):
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
+def _conv_backward_flop(
+    grad_shape, x_shape, w_shape, bias, stride, padding, dilation, transposed, output_padding, groups, mask, **kwargs
+) -> int:
+    """Each gradient asked for costs what the convolution does. PyTorch's own formula counts a grouped convolution's
+    weight gradient as if it had one group."""
+    return sum(mask[:2]) * 2 * _pixels(x_shape if transposed else grad_shape) * prod(w_shape)
+
+
 class _LayerFlops(FlopCounterMode):
     """The counter, with its counts put down to the tracker's layer."""
 
     def __init__(self, tracker: LayerTracker) -> None:
-        super().__init__(display=False)
+        super().__init__(display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward_flop})
         self.tracker, self.per_layer = tracker, defaultdict(int)
 
     def _count_flops(self, func_packet, out, args, kwargs):

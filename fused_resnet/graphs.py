@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from . import plan
 
 _WARM_UPS = 3  # enough for lazy initialisation: cuDNN plans, Triton compilation, optimizer state
+# Other threads may go on with calls that would break a capture under "global", the default: a data loader's allocates
+# pinned memory. What this thread and autograd's put on the captured stream is recorded in either mode.
+ERROR_MODE = "thread_local"
 
 
 def _check_cuda(name: str, tensor: Tensor) -> None:
@@ -70,7 +73,7 @@ def capture(model: nn.Module, example: Tensor, *, pool: tuple[int, int] | None =
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.device(x.device), plan.replayed():
         _on_side_stream(lambda: model(x))
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode=ERROR_MODE):
             out = model(x)
     return Captured(graph, x, out)
 
@@ -200,6 +203,6 @@ def capture_step(
     with torch.cuda.device(x.device), plan.replayed():
         _on_side_stream(warm_up)
         snapshot.restore()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode=ERROR_MODE):
             loss = step()
     return CapturedStep(graph, x, target, loss.detach())

@@ -3,9 +3,9 @@
 For every operator of every layer, the Triton kernel in its legal tiles and the CUDA kernel are timed with a cold L2
 cache against the library's operators; what would enter the table is held against float64 first, on random input (fewer
 images) with the error budget of `trials`. Then whole blocks: the chain of the fastest against the library's block,
-forward and backward. Work begins with the block that moves most bytes over all its layers, and goes on block by block,
-so that a short budget buys most. The table is written after each problem: a run may be killed, or end with its budget,
-and the next one goes on where it stopped.
+forward and backward; anew when one of its operators was measured since. Work begins with the block that moves most
+bytes over all its layers, and goes on block by block, so that a short budget buys most. The table is written after each
+problem: a run may be killed, or end with its budget, and the next one goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import modules, ops, plan, precompile, reference, trials, tuned
 from .explain import describe
+from .graphs import ERROR_MODE
 from .plan import Device, Measured, Plan, Problem, Work
 from .tracing import LayerTracker, run_on_meta
 
@@ -321,7 +322,7 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.stream(stream):
         run()
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=ERROR_MODE):
         run()
     return graph.replay
 
@@ -424,15 +425,33 @@ def _key(entry: dict) -> str:
 
 
 def save(path: Path, arch: int, origin: dict[str, str], entries: Iterable[dict], valid: dict[str, str]) -> None:
-    """Add entries to the table at `path`, over those of the same problems.
+    """Add entries to the end of the table at `path`, in place of those of the same problems.
 
     `valid`: what its origin must say to be kept. Processes that tune at the same time wait for one another, and lose
     nothing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    added = {_key(entry): entry for entry in entries}
     with FileLock(path.with_name(f".{path.name}.lock")):
         there = plan.parse_entries(plan.read_text(path), str(path), arch, valid)
-        plan.dump_table(path, arch, origin, {_key(entry): entry for entry in (*there, *entries)}.values())
+        kept = [entry for entry in there if _key(entry) not in added]
+        plan.dump_table(path, arch, origin, [*kept, *added.values()])
+
+
+def _outdated(tasks: Iterable[Task], known: Iterable[Problem]) -> set[Problem]:
+    """The blocks among the tasks that were measured before an operator that stands in front of them (`collect`).
+
+    `known` are measured problems, oldest first. With another tile of an operator the chain is another one.
+    """
+    age = {problem: i for i, problem in enumerate(known)}
+    found, newest, behind_block = set(), -1, False
+    for task in tasks:
+        if task.call is None:
+            newest = max(-1 if behind_block else newest, age.get(task.problem, -1))
+        elif newest > age.get(task.problem, newest):
+            found.add(task.problem)
+        behind_block = task.call is not None
+    return found
 
 
 @dataclass
@@ -451,22 +470,32 @@ class Tuner:
     def run(self, tasks: list[Task], budget: float = float("inf"), again: bool = False) -> int:
         """Measure what the table lacks (all of it with `again`) until `budget` seconds are over; how many are left.
 
-        A problem that cannot be measured, for lack of memory for instance, is named in the log and left.
+        A block is measured anew behind an operator that was. A problem that cannot be measured, for lack of memory for
+        instance, is named in the log and left; one in which an earlier run was killed, since it hung for instance,
+        comes last. OSError: the table cannot be written.
         """
         start, arch = self.clock(), self.device.arch
         text = plan.read_text(self.path)
         known = plan.parse_table(text, str(self.path), arch, self.valid)
         plan.measurements(self.device).update(known)
         plan.forget_choices()
-        left, failed = [task for task in tasks if again or task.problem not in known], 0
-        with self.ahead(left):
+        new = {task.problem for task in tasks if task.problem not in known}
+        wanted = new | _outdated(tasks, [*known, *(task.problem for task in tasks if task.problem in new)])
+        left, failed = [task for task in tasks if again or task.problem in wanted], 0
+        begun = self.path.with_name(f".{self.path.name}.begun")  # a note of the problem that is being measured
+        suspect = plan.read_text(begun)
+        left.sort(key=lambda task: str(task.problem) == suspect)
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        with self.ahead(left) if left else nullcontext():
             for done, task in enumerate(left):
                 if self.clock() - start > budget:
-                    self.log(f"budget of {budget:.0f} s spent: {len(left) - done} problems left; run again to go on")
+                    begun.unlink(missing_ok=True)
+                    self.log(f"time is over: {len(left) - done} problems left; run again to go on")
                     return len(left) - done + failed
                 head = f"[{done + 1}/{len(left)}] {task.problem.op} {describe(task.problem)}"
+                begun.write_text(str(task.problem))
                 try:
-                    self._note(task, head, *self.measure(task))
+                    outcome = self.measure(task)
                 except DeviceFailed as failure:
                     if failure.entry is not None:
                         self._note(task, head, failure.entry, [str(failure)])
@@ -474,6 +503,9 @@ class Tuner:
                 except Exception as error:
                     failed += 1
                     self.log(f"{head}: left out: {_line(error)}")
+                else:
+                    self._note(task, head, *outcome)
+        begun.unlink(missing_ok=True)
         return failed
 
     def _note(self, task: Task, head: str, entry: dict, rejected: list[str]) -> None:
@@ -498,6 +530,14 @@ def conditions() -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def own_tuner(bench: Bench, log: Callable[[str], None] = print) -> Tuner:
+    """A tuner into the user's own table for the current card (module `tuned`), if there is a folder for it."""
+    card = torch.cuda.get_device_name()
+    valid = tuned.stamp(card)
+    origin = {**valid, "date": datetime.date.today().isoformat()}
+    return Tuner(bench.device, tuned.location(bench.device.arch, card), origin, valid, bench.measure, bench.ahead, log)
 
 
 class Tuned(NamedTuple):
@@ -534,6 +574,8 @@ def tune(
     Raises:
         TypeError, ValueError: an argument that does not fit, named; a model in which nothing is fused.
         RuntimeError: no CUDA device; in a distributed job, whose ranks would disturb one another; no folder to write.
+        DeviceFailed: a kernel has broken the device for this process; a new one goes on behind it.
+        OSError: the table cannot be written.
     """
     if not isinstance(example, Tensor):
         raise TypeError(f"example: expected a tensor, got {type(example).__name__}")
@@ -552,14 +594,11 @@ def tune(
     if not tasks:
         raise ValueError("model: nothing in it is fused; fused_resnet.explain(model, example) says why")
     with torch.cuda.device(example.device if example.is_cuda else torch.cuda.current_device()), conditions():
-        bench, card = Bench(), torch.cuda.get_device_name()
-        valid = tuned.stamp(card)
-        path = tuned.location(bench.device.arch, card)
-        origin = {**valid, "date": datetime.date.today().isoformat()}
-        tuner = Tuner(bench.device, path, origin, valid, bench.measure, bench.ahead, log)
+        bench = Bench()
+        tuner = own_tuner(bench, log)
         tasks = list(in_graphs(with_kernels(tasks, bench.device)))
         try:
             left = tuner.run(tasks, budget, again)
         finally:
             ops.forget_plans()
-    return Tuned(path, len(tasks), left)
+    return Tuned(tuner.path, len(tasks), left)

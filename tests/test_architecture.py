@@ -27,7 +27,7 @@ LAW = {
     "graphs": {"plan"},
     "trials": {"plan", "reference"},
     "precompile": {"plan", "trials"},
-    "tuning": {"explain", "modules", "ops", "plan", "precompile", "reference", "tracing", "trials", "tuned"},
+    "tuning": {"explain", "graphs", "modules", "ops", "plan", "precompile", "reference", "tracing", "trials", "tuned"},
     "testing": {"trials"},
 }
 FREE = {"__init__", "__main__"}

@@ -11,7 +11,7 @@ import fused_resnet
 from benchmarks import environment, layers, parity, plot, roofline, run
 from benchmarks.baselines import BASELINES, Absent, Case
 from benchmarks.results import load
-from fused_resnet import tuning
+from fused_resnet import reference, tuning
 from fused_resnet.plan import Problem, Work
 
 
@@ -55,6 +55,8 @@ def test_floor_takes_the_longer_of_arithmetic_and_traffic():
         (["--batches", "8", "0"], "--batches: expected a positive integer, got 0"),
         (["--size", "16"], "--size: expected at least 32 pixels, got 16"),
         (["--budget", "0"], "--budget: expected a positive number of seconds, got 0"),
+        (["--tune", "-1"], "--tune: expected 0 or a number of seconds below --budget inf, got -1"),
+        (["--tune", "60", "--budget", "60"], "--tune: expected 0 or a number of seconds below --budget 60, got 60"),
     ],
 )
 def test_bad_options_are_named_before_anything_runs(arguments, message, tmp_path, capsys):
@@ -74,12 +76,12 @@ def small(monkeypatch):
 
 
 def test_small_run_writes_rows_picture_and_environment(small, tmp_path, capsys):
-    options = ["--models", "resnet18", "--batches", "2", "--size", "32", "--baselines", "eager", "graph"]
+    options = ["--models", "resnet18", "--batches", "2", "--size", "32", "--baselines", "eager", "graph", "--tune", "0"]
     assert run.main([*options, "--dtypes", "fp32", "--out", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["environment"]["torch"] == torch.__version__
-    assert [p["passed"] for p in results["parity"]] == [True]
-    assert len(results["parity"][0]["losses_fused"]) == 2
+    results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["environment"]["torch"] == torch.__version__ and results["options"]["budget"] == "inf"
+    assert [(p["mode"], p["passed"]) for p in results["parity"]] == [("training", True), ("inference", True)]
+    assert [len(p["losses_fused"]) for p in results["parity"]] == [2, 0]
     rows = {(row["mode"], row["contender"]): row for row in results["rows"]}
     for mode in ("training", "inference"):
         for contender in ("fused-auto", "eager"):
@@ -102,11 +104,36 @@ def test_wrong_network_fails_parity_and_is_not_timed(small, tmp_path, monkeypatc
         return model
 
     monkeypatch.setattr(fused_resnet, "resnet18", broken)
-    options = ["--models", "resnet18", "--batches", "2", "--size", "32", "--dtypes", "fp32", "--out", str(tmp_path)]
-    assert run.main(options) == 1
+    options = ["--models", "resnet18", "--batches", "2", "--size", "32", "--dtypes", "fp32", "--tune", "0"]
+    assert run.main([*options, "--out", str(tmp_path)]) == 1
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["rows"] == [] and not results["parity"][0]["passed"]
     assert "parity failed: nothing is timed" in capsys.readouterr().err
+
+
+def test_kernel_that_fails_fails_parity(small, tmp_path, monkeypatch, capsys):
+    """Each implementation and mode is looked at all the same."""
+    monkeypatch.setattr(fused_resnet, "resnet18", lambda **_: 1 / 0)
+    assert (
+        run.main(["--models", "resnet18", "--batches", "2", "--size", "32", "--tune", "0", "--out", str(tmp_path)]) == 1
+    )
+    output = capsys.readouterr()
+    assert output.out.count("FAILED: ZeroDivisionError: division by zero") == 2
+    assert "Traceback" in output.err and "nothing is timed" in output.err
+
+
+def test_wrong_kernel_in_inference_fails_parity_too(monkeypatch):
+    monkeypatch.setattr(parity, "_RUNS", 2)
+    affine = reference.conv_affine
+
+    def wrong(x, w, frozen, residual, relu, geometry):
+        return affine(x, w, frozen._replace(eps=0.01), residual, relu, geometry)
+
+    case = Case("resnet18", "inference", 2, "fp32", 32, "cpu")
+    assert parity.check(case, "reference").passed
+    monkeypatch.setattr(reference, "conv_affine", wrong)
+    outcome = parity.check(case, "reference")
+    assert [(check.what, check.passed) for check in outcome.checks] == [("logits", False)]
 
 
 def test_table_shows_losses_and_errors():
@@ -127,6 +154,24 @@ def test_digits_are_real_and_normalised():
     assert x.shape == (50, 3, 24, 24) and x.is_contiguous(memory_format=torch.channels_last)
     assert set(target.tolist()) == set(range(10))
     assert abs(float(x.mean())) < 1e-5 and float(x.std()) == pytest.approx(1, abs=1e-4)
+
+
+def test_environment_outside_a_checkout_and_of_the_first_card(monkeypatch):
+    said = {"git": None, "nvidia-smi": "580.1, 2619, 300.5, 40\n570.2, 0, 0, 0"}
+    monkeypatch.setattr(environment, "_command", lambda *words: said[words[0]])
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert environment.commit() == "unknown"
+    monkeypatch.setenv("COMMIT", "abc")
+    assert environment.commit() == "abc" and environment.describe()["driver"] == "580.1"
+    assert environment.clocks()["power.draw"] == "300.5"
+    said["nvidia-smi"] = None
+    assert environment.clocks() is None and environment.describe()["driver"] is None
+
+
+def test_ceilings_leave_the_switch_of_matrix_products_alone():
+    before = torch.backends.cuda.matmul.fp32_precision
+    ceilings = roofline.measure_ceilings("cpu", torch.float32)
+    assert min(ceilings) > 0 and torch.backends.cuda.matmul.fp32_precision == before
 
 
 def test_write_json_leaves_the_old_file_if_it_fails(tmp_path):

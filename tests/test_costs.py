@@ -178,6 +178,15 @@ def test_moments_scheme_saves_half_the_activations_of_a_training_step():
     assert total.multiply_adds < total.multiply_adds_fused < 1.1 * total.multiply_adds
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_training_step_in_fp32_costs_the_convolutions_three_times(name):
+    """Fused or not, with groups or without: all but the first, whose input needs no gradient."""
+    model = _network(name)
+    forward = fused_resnet.profile(model, (2, 3, 64, 64)).total.multiply_adds
+    total = fused_resnet.profile(model.train(), (2, 3, 64, 64)).total
+    assert total.multiply_adds == total.multiply_adds_fused == 3 * forward - 2 * 32 * 32 * 64 * 3 * 49
+
+
 def test_training_step_of_a_bottleneck_by_hand():
     """Moments scheme: the convolutions three times, but S = a^T g for dW of the last one, and what the moments add."""
     n, k, w, pixels = 4, 64, 16, 4 * 8 * 8

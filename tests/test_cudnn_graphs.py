@@ -127,7 +127,7 @@ class _Graph:
     def execute_plan_at_index(self, tensor_dict, workspace, index, handle):
         assert handle == "handle" and index in self.built and workspace.dtype == torch.uint8
         needed = {symbol for symbol in self.symbols if symbol.compute is None or symbol.output}
-        assert set(tensor_dict) == needed
+        assert set(tensor_dict) == needed and not any(tensor.requires_grad for tensor in tensor_dict.values())
         for symbol in self.symbols:
             symbol.value = None
         for symbol, tensor in tensor_dict.items():

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torchvision
+from cuda_stand_in import CUDAGraph, pretended_card
 from PIL import Image, ImageDraw
 from torch import nn
 from torchvision.transforms import functional as F
@@ -206,6 +207,26 @@ def test_captured_steps_learn_shapes(shapes, tmp_path):
     recipe = "--model cifar_resnet8 --size 24 32 --batch-size 12 --workers 0 --epochs 12 --warmup-epochs 2 --lr 1"
     assert _run(shapes, tmp_path, f"{recipe} --device cuda --graph --dtype fp32") == 0
     assert torch.load(_newest(tmp_path), map_location="cpu")["best"] > 0.9
+
+
+@pytest.mark.parametrize("options", ["--graph --size 16 24", "--dtype fp16 --accumulate 2", "--deterministic"])
+def test_steps_on_a_pretended_card(shapes, tmp_path, monkeypatch, options):
+    """What runs on CUDA devices alone: a graph for each size, its learning rate in a tensor, the card's generator."""
+    recipe = f"{SMALL} --epochs 2 --warmup-epochs 1 --checkpoint-every 2 --ema 0.9 {options} --device cuda"
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with pretended_card(monkeypatch):
+        try:
+            with monkeypatch.context() as patch, pytest.raises(_Interrupted):
+                _interrupt_after(patch, 2)
+                _run(shapes, tmp_path, recipe)
+            assert _run(shapes, tmp_path, f"{recipe} --resume") == 0
+        finally:
+            torch.use_deterministic_algorithms(False)
+    # One for each size, and one more for the first in the continued run; a loader's thread may go on meanwhile.
+    assert CUDAGraph.modes == ["thread_local"] * (3 if "--graph" in options else 0)
+    state = torch.load(_newest(tmp_path))
+    assert all(isinstance(group["lr"], float) for group in state["optimizer"]["param_groups"])
+    assert all("cuda" in generators for generators in state["generators"])
 
 
 @pytest.mark.parametrize("options", ["", "--unfused", "--ema 0.5"])

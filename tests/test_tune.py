@@ -35,10 +35,12 @@ class _Lab:
         entry = plan.table_entry(task.problem, {"library": 7.5, "triton": 5.0}, TILE)
         return tuning.Outcome(entry, ["a tile: too slow"])
 
-    def run(self, problems, path, valid=None, **options):
+    def tuner(self, path, valid=None):
         origin = {"card": "none", **(valid or {})}
-        tuner = tuning.Tuner(H100, path, origin, valid or {}, self.measure, log=self.lines.append, clock=self.clock)
-        return tuner.run([tuning.Task(problem) for problem in problems], **options)
+        return tuning.Tuner(H100, path, origin, valid or {}, self.measure, log=self.lines.append, clock=self.clock)
+
+    def run(self, problems, path, valid=None, **options):
+        return self.tuner(path, valid).run([tuning.Task(problem) for problem in problems], **options)
 
     def clock(self):
         return self.seconds
@@ -73,6 +75,53 @@ def test_table_is_whole_after_every_problem_and_counts_at_once(tmp_path, shipped
     assert sizes == [1, 2, 3]
     assert {p.name for p in tmp_path.iterdir()} == {"sm90.json", ".sm90.json.lock"}
     assert {plan.plan_for(problem, H100).backend for problem in _problems()} == {"triton"}
+
+
+def test_block_is_measured_again_behind_an_operator_that_was(tmp_path, shipped):
+    """Blocks alone first, as they run by the heuristic's tiles; then operators, and the blocks whose they are."""
+    path, (one, two, other) = tmp_path / "sm90.json", _problems(3)
+    blocks = [replace(problem, op="residual_block") for problem in (one, other)]
+    call = tuning.Call(print, ())
+    tasks = [tuning.Task(one), tuning.Task(two), tuning.Task(blocks[0], call), tuning.Task(other)]
+    tasks = list(tuning.in_graphs([*tasks, tuning.Task(blocks[1], call)]))
+
+    def run(tasks, **options):
+        lab = _Lab()
+        left = lab.tuner(path).run(tasks, **options)
+        return left, [tasks.index(task) for problem in lab.measured for task in tasks if task.problem == problem]
+
+    assert run([task for task in tasks if task.call]) == (0, [0, 1, 2, 3])
+    assert run(tasks, budget=5) == (6, [0])
+    assert run(tasks, budget=25) == (3, [1, 2, 3])  # with its twin in a graph
+    assert run(tasks) == (0, [4, 5, 6])
+    assert run(tasks) == (0, [])
+
+
+def test_problem_in_which_a_run_was_killed_comes_last(tmp_path, shipped):
+    path, problems = tmp_path / "sm90.json", _problems()
+
+    class Hangs(_Lab):
+        def measure(self, task):
+            if task.problem == problems[1]:
+                raise KeyboardInterrupt
+            return super().measure(task)
+
+    for measured in (problems[:1], problems[2:], []):
+        lab = Hangs()
+        with pytest.raises(KeyboardInterrupt):
+            lab.run(problems, path)
+        assert lab.measured == measured
+    lab = _Lab()
+    assert lab.run(problems, path) == 0 and lab.measured == [problems[1]]
+    assert {p.name for p in tmp_path.iterdir()} == {"sm90.json", ".sm90.json.lock"}
+
+
+def test_table_that_cannot_be_written_ends_the_run(tmp_path, shipped):
+    (tmp_path / "file").touch()
+    lab = _Lab()
+    with pytest.warns(UserWarning, match="not a usable plan table"), pytest.raises(OSError):
+        lab.run(_problems(), tmp_path / "file" / "sm90.json")
+    assert lab.measured == []
 
 
 def test_damaged_table_is_named_and_replaced(tmp_path, shipped):
