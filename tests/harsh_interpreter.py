@@ -11,7 +11,8 @@ that names kernel, program and tensor.
                 nothing says which comes first.
     threads     What a program stores it loads, or stores anew with another value, only behind a barrier, since another
                 thread may do it; two lanes do not store different values to one address.
-    integers    An overflow of 32 bits is an error.
+    integers    An overflow of 32 bits is an error. The variable of a loop is such an integer, whose division truncates;
+                here it would be one of Python's.
     maximum     ``tl.maximum`` and ``tl.minimum`` drop a NaN unless told to propagate it, as the GPU's instructions do.
     sums        ``tl.sum`` of 16-bit floats is an error: a GPU adds them in 16 bits, the interpreter in 32.
     bf16        is kept as bits; arithmetic, comparisons and products on it run in fp32, and results are rounded to the
@@ -24,6 +25,7 @@ rounding inside of tensor cores, and plain TF32 (fp32 operands stay what they ar
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
 
 import numpy as np
@@ -108,7 +110,7 @@ class _Builder(interpreter.InterpreterBuilder):
 
     def _locate(self, pointers, mask, does: str):
         """(tensor, indices of its elements, their places in its storage's log, lanes) of the lanes that are on."""
-        lanes = np.broadcast_to(np.asarray(getattr(mask, "data", mask)), pointers.data.shape)
+        lanes = np.broadcast_to(np.asarray(getattr(mask, "data", mask)).astype(bool), pointers.data.shape)
         addresses = pointers.data[lanes]
         if not addresses.size:
             return None, None, None, lanes
@@ -131,7 +133,8 @@ class _Builder(interpreter.InterpreterBuilder):
         if other is not None:
             values = np.array(np.broadcast_to(other.data, ptrs.data.shape))
         else:
-            values = np.full(ptrs.data.shape, _garbage(element), _get_np_dtype(element))
+            # Of a single value an ``other`` of 0 does not get here.
+            values = np.full(ptrs.data.shape, _garbage(element) if lanes.size > 1 else 0, _get_np_dtype(element))
         if tensor is not None:
             log = tensor.log
             if log.stored_at is not None and (log.stored_at[slots] == len(self.program_at) - 1).any():
@@ -251,6 +254,17 @@ class _Reduction(interpreter.ReduceOps):
         return super().sum(input)
 
 
+class _Loops(interpreter.ASTTransformer):
+    """Makes the variable of a loop a tensor, as every other assignment does; that of a `tl.static_range` is none."""
+
+    def visit_For(self, node):
+        self.generic_visit(node)
+        if "static_range" not in ast.unparse(node.iter):
+            name = ast.unparse(node.target)
+            node.body.insert(0, self.visit(ast.parse(f"{name} = {name}").body[0]))
+        return node
+
+
 class _Executor(interpreter.GridExecutor):
     def __call__(self, *args, **kwargs):
         builder = interpreter.interpreter_builder
@@ -273,3 +287,4 @@ def install() -> None:
 
     interpreter._implicit_cvt = note_and_convert
     interpreter.GridExecutor, interpreter.ReduceOps = _Executor, _Reduction
+    interpreter.FunctionRewriter.ast_transformer = _Loops()

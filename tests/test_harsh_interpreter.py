@@ -91,6 +91,18 @@ def _overflow(out_ptr, values, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _loop(out_ptr, first, last):
+    for i in range(first, last):
+        tl.store(out_ptr + i - first, i // 2 * 1.0)
+
+
+@triton.jit
+def _loop_overflow(out_ptr, last, STEP: tl.constexpr):
+    for i in range(last):
+        tl.store(out_ptr + i, (i * STEP).to(tl.float32))
+
+
+@triton.jit
 def _maximum(x_ptr, out_ptr, ALL: tl.constexpr, BLOCK: tl.constexpr):
     cols = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + cols)
@@ -173,6 +185,9 @@ def test_integers_overflow():
     out = torch.zeros(16)
     _overflow[(1,)](out, 2**27, BLOCK=16)
     fails("int32 overflow", _overflow, 1, out, 2**28, BLOCK=16)
+    fails("int32 overflow", _loop_overflow, 1, out, 16, STEP=2**28)
+    _loop[(1,)](out, -3, 3)
+    assert out[:6].tolist() == [-1, -1, 0, 0, 0, 1]  # rounded towards zero, as a GPU divides
 
 
 @pytest.mark.parametrize("propagate", [True, False])
