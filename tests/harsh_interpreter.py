@@ -10,7 +10,8 @@ that names kernel, program and tensor.
     programs    They run in a shuffled order. What one stores no other may load, nor store with another value: on a GPU
                 nothing says which comes first.
     threads     What a program stores it loads, or stores anew with another value, only behind a barrier, since another
-                thread may do it; two lanes do not store different values to one address.
+                thread may do it; so does a lane that stores what another lane loaded. Two lanes do not store different
+                values to one address.
     integers    An overflow of 32 bits is an error. The variable of a loop is such an integer, whose division truncates;
                 here it would be one of Python's.
     maximum     ``tl.maximum`` and ``tl.minimum`` drop a NaN unless told to propagate it, as the GPU's instructions do.
@@ -97,8 +98,8 @@ class _Builder(interpreter.InterpreterBuilder):
         """No program loaded what another stored."""
         program_at = np.array(self.program_at)
         for log in self.logs.values():
-            for tensor, program, slots in log.loads if log.stored_at is not None else ():
-                writer = program_at[log.stored_at[slots]]
+            for tensor, period, slots, _ in log.loads if log.stored_at is not None else ():
+                writer, program = program_at[log.stored_at[slots]], self.program_at[period]
                 if ((writer >= 0) & (writer != program)).any():
                     raise self._error(tensor, "loads", f"what program {writer.max()} stores", program)
 
@@ -136,10 +137,10 @@ class _Builder(interpreter.InterpreterBuilder):
             # Of a single value an ``other`` of 0 does not get here.
             values = np.full(ptrs.data.shape, _garbage(element) if lanes.size > 1 else 0, _get_np_dtype(element))
         if tensor is not None:
-            log = tensor.log
-            if log.stored_at is not None and (log.stored_at[slots] == len(self.program_at) - 1).any():
+            log, period = tensor.log, len(self.program_at) - 1
+            if log.stored_at is not None and (log.stored_at[slots] == period).any():
                 raise self._error(tensor, "loads", "what it stored, without a barrier in between")
-            log.loads.append((tensor, self.program, slots))
+            log.loads.append((tensor, period, slots, lanes))
             values[lanes] = tensor.bits.view(values.dtype)[index]
         return TensorHandle(values, element)
 
@@ -159,6 +160,12 @@ class _Builder(interpreter.InterpreterBuilder):
                 raise self._error(tensor, "stores", "another value than another program before it")
             if (again & (before == period)).any():
                 raise self._error(tensor, "stores", "a second value without a barrier in between")
+        for *_, loaded_at, loaded, loading in reversed(log.loads):
+            if loaded_at != period:
+                break
+            _, loads, stores = np.intersect1d(loaded, slots, return_indices=True)
+            if (np.flatnonzero(loading)[loads] != np.flatnonzero(lanes)[stores]).any():
+                raise self._error(tensor, "stores", "what another lane loaded, without a barrier in between")
         tensor.bits[index] = values
         log.stored_at[slots] = period
         if (tensor.bits[index] != values).any():

@@ -47,7 +47,9 @@ def _neighbours(x_ptr, BLOCK: tl.constexpr):
     """In place, with one element of the next program."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     following = tl.load(x_ptr + cols + 1, mask=cols + 1 < tl.num_programs(0) * BLOCK, other=0.0)
-    tl.store(x_ptr + cols, tl.load(x_ptr + cols) + following)
+    x = tl.load(x_ptr + cols) + following
+    tl.debug_barrier()
+    tl.store(x_ptr + cols, x)
 
 
 @triton.jit
@@ -67,6 +69,16 @@ def _back_and_forth(x_ptr, out_ptr, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
     if BARRIER:
         tl.debug_barrier()
     tl.store(out_ptr + cols, reverse)
+
+
+@triton.jit
+def _reverse(x_ptr, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
+    """In place."""
+    cols = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + cols)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(x_ptr + BLOCK - 1 - cols, x)
 
 
 @triton.jit
@@ -176,6 +188,9 @@ def test_threads_meet_at_barriers_only():
     fails("loads what it stored, without a barrier", _back_and_forth, 1, x, out, BARRIER=False, BLOCK=8)
     _back_and_forth[(1,)](x, out, BARRIER=True, BLOCK=8)
     assert torch.equal(out, x.flip(0))
+    fails("stores what another lane loaded, without a barrier", _reverse, 1, out, BARRIER=False, BLOCK=8)
+    _reverse[(1,)](out, BARRIER=True, BLOCK=8)
+    assert torch.equal(out, x)
     fails("stores a second value without a barrier", _twice, 1, out, BARRIER=False, BLOCK=8)
     _twice[(1,)](out, BARRIER=True, BLOCK=8)
     fails("stores two values to one address at once", _collide, 1, out, BLOCK=8)
