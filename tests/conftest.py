@@ -1,4 +1,4 @@
-"""Without a CUDA device the Triton kernels run in the interpreter, and tests marked ``gpu`` are skipped.
+"""Without a CUDA device the Triton kernels run in a strict interpreter, and tests marked ``gpu`` are skipped.
 
 With one they are compiled, and tests marked ``interpreter``, of kernels on CPU tensors, are.
 """
