@@ -1,10 +1,11 @@
-"""Every Triton operator at the extremes of its shapes, with the heuristic's tile, against float64: one channel in or out,
-one pixel, a map of one row, a stride beyond the map, more padding than map."""
+"""Every Triton operator at the extremes of its shapes, with the heuristic's tile, against float64.
+
+One channel in or out, one pixel, a map of one row, a stride beyond the map, more padding than map.
+"""
 
 import importlib
 
 import pytest
-import torch
 
 from fused_resnet.plan import FAMILIES, Device, Plan, Problem, triton_plan
 from fused_resnet.testing import check_operator
@@ -34,13 +35,13 @@ STEM = {"r": 7, "s": 7, "stride": (2, 2), "padding": (3, 3)}
 DEFERRED = {"prologue": True}
 # Operators and their variants.
 VARIANTS = [
-    *(("conv_stats", shape | {"epilogue": "stats"}) for shape in (STRIDED | DEFERRED, SQUARE, HALVING | DEFERRED, STEM)),
-    *(("conv_affine", shape | {"epilogue": "affine+residual"}) for shape in (POINTWISE, STRIDED, HALVING, STEM)),
+    *(("conv_stats", form | {"epilogue": "stats"}) for form in (STRIDED | DEFERRED, HALVING | DEFERRED, SQUARE, STEM)),
+    *(("conv_affine", form | {"epilogue": "affine+residual"}) for form in (POINTWISE, STRIDED, HALVING, STEM)),
     ("conv_affine_pool", STEM),
     ("conv_affine_pool", HALVING),
     *(("conv_dgrad", POINTWISE | DEFERRED | {"epilogue": epilogue}) for epilogue in ("", "reluadd")),
     *(("conv_dgrad", HALVING | {"epilogue": epilogue}) for epilogue in ("", "reluadd")),
-    *(("conv_wgrad", shape) for shape in (POINTWISE | DEFERRED, STRIDED, PADDED, HALVING | DEFERRED, STEM)),
+    *(("conv_wgrad", form) for form in (POINTWISE | DEFERRED, STRIDED, PADDED, HALVING | DEFERRED, STEM)),
     ("conv1x1_join", POINTWISE | DEFERRED | {"epilogue": "join"}),
     ("conv1x1_join", STRIDED | {"epilogue": "join_downsample", "side": 1}),
     ("conv1x1_dgrad_moments", POINTWISE | DEFERRED),
