@@ -220,7 +220,8 @@ class _Samples:
 
     def conv_wgrad(self):
         a, g = self._deferred(self.input, self.p.prologue), Gradient(self._map(self.output))
-        if (self.p.r, self.p.s, self.p.stride) == (1, 1, (1, 1)):  # a matrix product, which reads it deferred
+        shape = self.p.r, self.p.s, self.p.stride, self.p.padding, self.p.groups
+        if shape == (1, 1, (1, 1), (0, 0), 1):  # a matrix product, which reads it deferred
             g = Gradient(g.g, None, self._map(self.output), self._coef(self.p.k))
         return a, g, (self.p.k, self.p.c // self.p.groups, self.p.r, self.p.s), self.geometry
 

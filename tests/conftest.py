@@ -1,8 +1,9 @@
-"""Without a CUDA device the Triton kernels run in the interpreter, and tests marked ``gpu`` are skipped.
+"""Without a CUDA device the Triton kernels run in a strict interpreter, and tests marked ``gpu`` are skipped.
 
 With one they are compiled, and tests marked ``interpreter``, of kernels on CPU tensors, are.
 """
 
+import importlib.util
 import os
 
 import pytest
@@ -12,6 +13,10 @@ HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     # Triton reads it when a kernel is defined, so it has to be there before the first import of one.
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        import harsh_interpreter
+
+        harsh_interpreter.install()
 
 
 def pytest_collection_modifyitems(items):

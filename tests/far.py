@@ -4,8 +4,6 @@ Its tensors are small, but lie behind addresses and indices as large as those of
 index that overflows 32 bits raises an error.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import triton.language as tl
 
@@ -35,8 +33,6 @@ def run_program(program, kernel, monkeypatch, **arguments):
     """Run program number ``program``; tensors not named are absent, and the tile is small."""
     from triton.runtime import interpreter
 
-    checking = replace(interpreter.interpreter_builder.options, debug=True)
-    monkeypatch.setattr(interpreter.interpreter_builder, "options", checking)
     handle = interpreter.TensorHandle(np.array([program], dtype=np.int32), tl.int32)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", lambda self, axis: handle)
     tensors = dict.fromkeys(name for name in kernel.arg_names if name.endswith("_ptr"))

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.usefixtures("poison", "no_tf32"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning:triton"),
 ]
-DTYPES = ["float32", "float16"] + ["bfloat16"] * torch.cuda.is_available()
+DTYPES = ["float32", "bfloat16"] + ["float16"] * torch.cuda.is_available()
 H100 = Device.default(90)
 
 

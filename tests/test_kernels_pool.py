@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.usefixtures("poison"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning:triton"),
 ]
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+DTYPES = [torch.float32, torch.bfloat16] + [torch.float16] * torch.cuda.is_available()
 
 
 class FewRows(Plan):

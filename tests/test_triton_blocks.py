@@ -21,7 +21,7 @@ def few_rows(monkeypatch, device):
         monkeypatch.setattr(plan.problem, "statistics_rows", lambda channels: 4)
 
 
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def _used(monkeypatch):
