@@ -492,10 +492,13 @@ def conv1x1_dgrad_moments(
     by the ReLU of `a`, and its `channel_sums` come back too.
     """
     acc = accumulator_dtype(dout.dtype)
-    g, x = _masked(dout, mask), _activation(a)[:, :, ::stride, ::stride]
-    n, _, h, w = x.shape
-    da = _rows(g).to(acc) @ w_g.to(acc) + _rows(x).to(acc) @ w_a.to(acc) + w_1
-    da = da.view(n, h, w, -1).permute(0, 3, 1, 2).to(dout.dtype)
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        # A convolution for PyTorch's switch: TF32 is allowed to gradients of convolutions, not to matrix products.
+        return F.conv2d(x.to(acc), w.T[:, :, None, None].to(acc))
+
+    da = product(_masked(dout, mask), w_g) + product(_activation(a)[:, :, ::stride, ::stride], w_a)
+    da = (da + _per_channel(w_1)).to(dout.dtype)
     return (channels_last(da), None) if a.bn is None else bn_act_sums(da, a)
 
 
