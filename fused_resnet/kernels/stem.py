@@ -74,24 +74,11 @@ def _load_weight(w_ptr, cols, gemm_n, R: tl.constexpr, S: tl.constexpr, CHANNELS
 
 @triton.jit
 def _load_patches(
-    x_ptr,
-    image,
-    p,
-    q,
-    valid,
-    in_h,
-    in_w,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    x_ptr, image, p, q, valid, in_h, in_w,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     """The R slices [M, BLOCK_K] of what the outputs (image, p, q) read, zero outside of the image and beyond S taps.
 
     image and p are scalars or [M, 1], q and valid [M, 1]. All slices are loaded before the first is used.
@@ -196,24 +183,9 @@ def _stem_fwd_kernel(
         p = (rows // out_w % out_h)[:, None]
         q = (rows % out_w)[:, None]
         patches = _load_patches(
-            x_ptr,
-            (rows // (out_h * out_w))[:, None],
-            p,
-            q,
-            (rows < stop)[:, None],
-            in_h,
-            in_w,
-            R,
-            S,
-            STRIDE_H,
-            STRIDE_W,
-            PAD_H,
-            PAD_W,
-            DILATION_H,
-            DILATION_W,
-            CHANNELS,
-            BLOCK_K,
-        )
+            x_ptr, (rows // (out_h * out_w))[:, None], p, q, (rows < stop)[:, None], in_h, in_w,
+            R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, CHANNELS, BLOCK_K,
+        )  # fmt: skip
         acc = _product(patches, weight, R, INPUT_PRECISION, BLOCK_M, BLOCK_N)
         elements = rows.to(tl.int64)[:, None] * gemm_n + cols[None, :]  # [BLOCK_M, BLOCK_N]
         valid = (rows < stop)[:, None] & (cols < gemm_n)[None, :]
@@ -302,24 +274,9 @@ def _stem_pool_kernel(
     best = tl.zeros((BLOCK_M, BLOCK_N), dtype=y_ptr.dtype.element_ty)
     for p in tl.range(2 * first - 1, 2 * stop, disable_licm=True):
         patches = _load_patches(
-            x_ptr,
-            image,
-            p,
-            q[:, None],
-            on_map[:, None],
-            in_h,
-            in_w,
-            R,
-            S,
-            STRIDE_H,
-            STRIDE_W,
-            PAD_H,
-            PAD_W,
-            DILATION_H,
-            DILATION_W,
-            CHANNELS,
-            BLOCK_K,
-        )
+            x_ptr, image, p, q[:, None], on_map[:, None], in_h, in_w,
+            R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, CHANNELS, BLOCK_K,
+        )  # fmt: skip
         acc = _product(patches, weight, R, INPUT_PRECISION, BLOCK_M, BLOCK_N)
         valid = on_map & (p >= 0) & (p < out_h)
         acc = tl.where(valid[:, None], relu(affine(acc, scale, shift)), 0.0)
@@ -375,25 +332,12 @@ def _stem_wgrad_kernel(
         rows = row0 + tl.arange(0, BLOCK_K)
         g_valid = (rows < stop)[:, None] & (ks < gemm_m)[None, :]
         g = tl.load(g_ptr + rows.to(tl.int64)[:, None] * gemm_m + ks[None, :], mask=g_valid, other=0.0)
+        p = (rows // out_w % out_h)[:, None]
+        q = (rows % out_w)[:, None]
         patches = _load_patches(
-            x_ptr,
-            (rows // (out_h * out_w))[:, None],
-            (rows // out_w % out_h)[:, None],
-            (rows % out_w)[:, None],
-            (rows < stop)[:, None],
-            in_h,
-            in_w,
-            R,
-            S,
-            STRIDE_H,
-            STRIDE_W,
-            PAD_H,
-            PAD_W,
-            DILATION_H,
-            DILATION_W,
-            CHANNELS,
-            BLOCK_N,
-        )
+            x_ptr, (rows // (out_h * out_w))[:, None], p, q, (rows < stop)[:, None], in_h, in_w,
+            R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, CHANNELS, BLOCK_N,
+        )  # fmt: skip
         sums = ()
         for r in tl.static_range(R):
             sums = sums + (tl.dot(tl.trans(g), patches[r], slices[r], input_precision=INPUT_PRECISION),)
