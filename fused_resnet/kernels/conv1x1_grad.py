@@ -52,6 +52,7 @@ from .epilogue import (
     add_chunks,
     add_sums,
     affine,
+    fold_rows,
     input_rows,
     load_addend,
     load_mask,
@@ -239,12 +240,6 @@ def _conv1x1_dgrad_kernel(
             tl.store(dx_ptr + tile_start + elements, acc.to(dx_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit
-def _fold_rows(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows added in pairs that lie eight apart, which tensor cores leave to one thread: [BLOCK_M // 16, 8, BLOCK_N]."""
-    return tl.sum(tl.reshape(x, (BLOCK_M // 16, 2, 8, BLOCK_N)), axis=1)
-
-
 @triton.jit(do_not_specialize=["gemm_m", "chunk_pixels"])
 def _conv1x1_dgrad_resident_kernel(
     g_ptr,  # [gemm_m, gemm_k]
@@ -302,8 +297,8 @@ def _conv1x1_dgrad_resident_kernel(
         acc = tl.dot(relu(normalised).to(a.dtype), w_a, acc, input_precision=INPUT_PRECISION)
         acc = tl.where(valid_rows[:, None] & (normalised > 0), acc, 0.0)
         mean = load_vector(a_bn_ptr, BN_MEAN, gemm_n, cols)
-        sum_g += _fold_rows(acc, BLOCK_M, BLOCK_N)
-        sum_x += _fold_rows(acc * (c - mean[None, :]), BLOCK_M, BLOCK_N)
+        sum_g += fold_rows(acc, BLOCK_M, BLOCK_N)
+        sum_x += fold_rows(acc * (c - mean[None, :]), BLOCK_M, BLOCK_N)
         tl.store(dx_ptr + tile_start + elements, acc.to(dx_ptr.dtype.element_ty), mask=valid)
     rstd = load_vector(a_bn_ptr, BN_RSTD, gemm_n, cols)
     store_sums(

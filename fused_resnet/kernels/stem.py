@@ -46,7 +46,7 @@ from . import (
     tap_major,
     tile_options,
 )
-from .epilogue import affine, frozen_vectors, relu
+from .epilogue import affine, fold_rows, frozen_vectors, relu
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -113,12 +113,6 @@ def _product(
     for r in tl.static_range(R):
         acc = tl.dot(patches[r], weight[r], acc, input_precision=INPUT_PRECISION)
     return acc
-
-
-@triton.jit
-def _fold_rows(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows added in pairs that lie eight apart, which tensor cores leave to one thread: [BLOCK_M // 16, 8, BLOCK_N]."""
-    return tl.sum(tl.reshape(x, (BLOCK_M // 16, 2, 8, BLOCK_N)), axis=1)
 
 
 @triton.jit
@@ -196,8 +190,8 @@ def _stem_fwd_kernel(
             if row0 == start:
                 pivot = tl.sum(acc, axis=0) / tl.minimum(stop - start, BLOCK_M)
             deviation = tl.where((rows < stop)[:, None], acc - pivot[None, :], 0.0)
-            total += _fold_rows(deviation, BLOCK_M, BLOCK_N)
-            squares += _fold_rows(deviation * deviation, BLOCK_M, BLOCK_N)
+            total += fold_rows(deviation, BLOCK_M, BLOCK_N)
+            squares += fold_rows(deviation * deviation, BLOCK_M, BLOCK_N)
         if var_ptr is not None:
             scale, shift = frozen_vectors(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, gemm_n, cols)
             acc = affine(acc, scale, shift)
