@@ -40,6 +40,7 @@ class FewRows(Plan):
 # Of 35 channels the first needs three steps in depth, the second one.
 STEPS = FewRows("triton", TileConfig(16, 32, 16, 4, 2), "test")
 WHOLE = FewRows("triton", TileConfig(32, 32, 64, 4, 2), "test")
+RESIDENT = FewRows("triton", TileConfig(16, 64, 128, 4, 2), "test")
 EVERY_PLAN = pytest.mark.parametrize("plan", [STEPS, WHOLE], ids=["steps", "whole depth"])
 # (images, height, width, channels of the input, channels of the output): odd channels and maps, one pixel, one image.
 SHAPES = ((2, 7, 5, 65, 35), (3, 1, 1, 24, 16), (1, 9, 4, 16, 40))
@@ -174,12 +175,14 @@ def test_sums_across_chunks_and_tiles(samples):
 
 
 @EVERY_DTYPE
-@EVERY_PLAN
+@pytest.mark.parametrize("plan", [STEPS, WHOLE, RESIDENT], ids=["steps", "whole depth", "resident"])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("stride", [0, 1, 2])
 @pytest.mark.parametrize("shape", [(2, 7, 5, 35, 65), (3, 1, 1, 16, 24)], ids=str)
-def test_dgrad_moments(shape, stride, masked, plan, dtype, samples):
+def test_dgrad_moments(shape, stride, masked, plan, dtype, samples, monkeypatch):
     """Stride 0: `a` is deferred, and the result masked by its ReLU. K = 35 is one step of its product, or several."""
+    spy = _Spy(kernels._conv1x1_dgrad_resident_kernel)
+    monkeypatch.setattr(kernels, "_conv1x1_dgrad_resident_kernel", spy)
     n, h, w, k, channels = shape
     s = samples(dtype)
     a = s.deferred(n, k, h, w, prologue=not stride)
@@ -190,6 +193,23 @@ def test_dgrad_moments(shape, stride, masked, plan, dtype, samples):
     args = s.map(*out), s.bits(*out) if masked else None, w_g, a, w_a, w_1, stride
     da, sums = check("conv1x1_dgrad_moments", args, plan)
     assert da.shape == (n, k, *out[2:]) and (sums is None) == (a.bn is None)
+    one_tile = k <= plan.config.block_n and channels <= plan.config.block_k
+    assert spy.grids == ([(3,)] if one_tile and a.bn is not None else [])
+
+
+def test_resident_sums_across_chunks_and_tiles(samples):
+    """Two rows of 256 pixels for 425, the second of which ends early, and one without a pixel; the same bits again."""
+    s = samples(torch.float16)
+    a, dout, bits = s.deferred(1, 20, 25, 17), s.map(1, 40, 25, 17), s.bits(1, 40, 25, 17)
+    args = dout, bits, s.weight(40, 20).flatten(1), a, s.weight(20, 20).flatten(1), torch.ones(20).to(dout.device), 1
+    da, sums = check("conv1x1_dgrad_moments", args, RESIDENT)
+    flat, c = (t.permute(0, 2, 3, 1).reshape(425, 20).double() for t in (da, a.c))
+    for row, pixels in enumerate((slice(256), slice(256, 425), slice(0))):
+        xhat = (c[pixels] - a.bn[reference.MEAN]) * a.bn[reference.RSTD]
+        ref = torch.stack((flat[pixels].sum(0), (flat[pixels] * xhat).sum(0)))
+        torch.testing.assert_close(sums[row].double(), ref, rtol=1e-3, atol=1e-2)
+    again = LAUNCHES["conv1x1_dgrad_moments"](*args, plan=RESIDENT)
+    assert all(torch.equal(*pair) for pair in zip((da, sums), again))
 
 
 @EVERY_DTYPE
@@ -385,6 +405,32 @@ if not torch.cuda.is_available():
         )
         _compare("conv1x1_dgrad_moments", (da, None), (dout, None, w_g, a, w_a, w_1, 2))
 
+    def test_resident_moments_of_more_than_2_31_elements(samples, monkeypatch):
+        """The last 11 pixels of 1.6e9, where bytes of ReLU bits, too, pass 2^31."""
+        s, row = samples(), 1_600_000_000
+        a, dout, bits = s.deferred(1, 24, 1, 11), s.map(1, 16, 1, 11), s.bits(1, 16, 1, 11)
+        w_g, w_a, w_1 = s.weight(16, 24).flatten(1), s.weight(24, 24).flatten(1), torch.ones(24)
+        da, sums = torch.empty_like(a.c), torch.empty(1, 2, 24)
+        run_program(
+            row // 16,
+            kernels._conv1x1_dgrad_resident_kernel,
+            monkeypatch,
+            g_ptr=_far_rows(dout, row),
+            mask_ptr=_far_bits(bits, row),
+            w_ptr=w_g,
+            a_ptr=_far_rows(a.c, row),
+            a_bn_ptr=a.bn,
+            w_a_ptr=w_a,
+            w_1_ptr=w_1,
+            dx_ptr=_far_rows(da, row),
+            sums_ptr=Far(sums, row // 16 * 48),
+            gemm_m=row + 11,
+            gemm_n=24,
+            gemm_k=16,
+            chunk_pixels=16,
+        )
+        _compare("conv1x1_dgrad_moments", (da, sums), (dout, bits, w_g, a, w_a, w_1, 1))
+
     @pytest.mark.parametrize("stride", [1, 2])
     def test_wgrad_of_more_than_2_31_elements(stride, samples, monkeypatch):
         """The last chunk, of two images, behind 66 million others."""
@@ -464,10 +510,11 @@ def test_wide_tiles_where_they_fill_the_card():
         return config.block_m, config.block_n, config.block_k, config.num_warps
 
     deferred = {"prologue": True}
-    assert tile("conv_dgrad", 256, 56, 56, 64, 256, epilogue="add", **deferred) == (64, 64, 64, 4)
+    assert tile("conv_dgrad", 256, 56, 56, 64, 256, epilogue="add", **deferred) == (128, 64, 64, 8)
     assert tile("conv_dgrad", 256, 28, 28, 128, 512, epilogue="add", **deferred) == (64, 64, 128, 4)
-    assert tile("conv_dgrad", 256, 14, 14, 256, 1024, epilogue="add", **deferred) == (128, 128, 64, 8)
-    assert tile("conv1x1_dgrad_moments", 256, 56, 56, 64, 256, **deferred) == (64, 64, 64, 4)
+    assert tile("conv_dgrad", 256, 14, 14, 256, 1024, epilogue="add", **deferred) == (128, 256, 32, 8)
+    assert tile("conv_dgrad", 256, 14, 14, 1024, 256, epilogue="relu", **deferred) == (128, 128, 64, 8)
+    assert tile("conv1x1_dgrad_moments", 256, 56, 56, 64, 256, **deferred) == (64, 64, 256, 4)
     assert tile("conv1x1_dgrad_moments", 256, 28, 28, 128, 512, **deferred) == (128, 128, 64, 8)
     assert tile("conv1x1_dgrad_moments", 1, 28, 28, 128, 512, **deferred)[1] == 32
     assert tile("conv_wgrad", 256, 56, 56, 256, 64) == (64, 256, 32, 8)

@@ -17,6 +17,7 @@ from fused_resnet.testing import (
 )
 
 moments = pytest.importorskip("fused_resnet.kernels.moments", reason="needs Triton", exc_type=ImportError)
+from fused_resnet.kernels import moments_matrices  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("poison", "no_tf32"),
@@ -115,10 +116,10 @@ def test_several_chunks_and_tiles(tile, generator, device):
 )
 def test_chunks_are_bounded(channels, width, pixels):
     """Partial results stay below 17 MB, unless a single chunk has more, and chunks have 256 pixels or more."""
-    values = channels * width or channels * (channels + 128) // 2
+    values = channels * width or channels * min(channels, (channels + 128) // 2)
     chunks = moments._split(values, pixels)
     assert chunks == 1 or (chunks * values * 4 < 17 * 2**20 and pixels / chunks > 255)
-    assert chunks <= 512
+    assert chunks <= 768
 
 
 @EVERY_DTYPE
@@ -138,7 +139,7 @@ def test_variance_does_not_cancel(mean, dtype, generator, device):
     w[4], w[4, 5] = 0, 1  # reads the channel that is always off
     w[9], w[9, 7], w[9, 8] = 0, 1, -1  # the difference of the equal ones
     gram = moments.launch_moments(Deferred(x), 1, Plan("triton", TileConfig(64, 64, 64, 4, 2), "test"))
-    bn = moments.launch_moments_finalize(gram, w, None, None, None, 0.1, 1e-5, MATRIX)
+    bn = moments_matrices.launch_moments_finalize(gram, w, None, None, None, 0.1, 1e-5, MATRIX)
     c = F.conv2d(x.double(), w.double())
     var, exact_mean = torch.var_mean(c, (0, 2, 3), correction=0)
     torch.testing.assert_close(bn[reference.MEAN].double(), exact_mean, rtol=1e-6, atol=1e-5)
@@ -158,7 +159,8 @@ def test_variance_does_not_cancel(mean, dtype, generator, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_tensor_cores_do_not_bias_the_moments(dtype, generator):
-    """Chains of truncated sums would lose 5e-6 of positive products and more; they end after a step of pixels."""
+    """Chains of truncated sums lose 1e-8 of positive products in ten pixels, six times that in float16: those of gram
+    end after a step of pixels, those of cross, which no variance squares, after a chunk of 392."""
     x = random_activation((64, 64, 56, 56), torch.float32, generator).relu_().to("cuda", dtype)
     g = x.flip(1).contiguous(memory_format=torch.channels_last)
     for op in ("moments", "cross_moments"):
@@ -168,7 +170,7 @@ def test_tensor_cores_do_not_bias_the_moments(dtype, generator):
         arguments = (Deferred(x), 1) if op == "moments" else (Deferred(x), g, None, 1)
         ref = getattr(reference, op)(*arguments)
         bias = (getattr(moments, plan.launch)(*arguments, plan=plan) / ref - 1).mean()
-        assert bias.abs() < 5e-7, op
+        assert bias.abs() < (5e-7 if op == "moments" else 5e-6), op
 
 
 @EVERY_DTYPE
@@ -185,7 +187,7 @@ def test_finalize(shape, affine, momentum, dtype, generator, device):
         running = Running(start.clone(), start.clone(), torch.tensor(3, device=device))
         return finalize(gram, w, gamma, beta, running, momentum, 1e-5, **plan), running
 
-    got, running = run(moments.launch_moments_finalize, torch.float32, gram, plan=MATRIX)
+    got, running = run(moments_matrices.launch_moments_finalize, torch.float32, gram, plan=MATRIX)
     ref, ref_running = run(reference.moments_finalize, torch.float64, gram)
     total, weight = gram[-1, -1], w.flatten(1)
     mean = (weight.double() @ (gram[-1, :-1] / total)).float()
@@ -203,17 +205,17 @@ def test_finalize(shape, affine, momentum, dtype, generator, device):
 def test_finalize_of_buffers_at_16_bit_and_without_counter(generator, device):
     gram, _, w, _, _ = matrices(16, 24, torch.float16, generator, device)
     running = Running(torch.zeros(24, device=device).half(), torch.ones(24, device=device).half())
-    bn = moments.launch_moments_finalize(gram, w, None, None, running, 1.0, 1e-5, MATRIX)
+    bn = moments_matrices.launch_moments_finalize(gram, w, None, None, running, 1.0, 1e-5, MATRIX)
     torch.testing.assert_close(running.mean, bn[reference.MEAN].half(), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="num_batches_tracked"):
-        moments.launch_moments_finalize(gram, w, None, None, running, None, 1e-5, MATRIX)
+        moments_matrices.launch_moments_finalize(gram, w, None, None, running, None, 1e-5, MATRIX)
 
 
 @EVERY_DTYPE
 @pytest.mark.parametrize("shape", [(35, 65), (64, 24)])
 def test_cross_sums(shape, dtype, generator, device):
     _, cross, w, bn, _ = matrices(*shape, dtype, generator, device)
-    sums = moments.launch_cross_sums(cross, w, bn, VECTOR)
+    sums = moments_matrices.launch_cross_sums(cross, w, bn, VECTOR)
     ref, low = (reference.cross_sums(cross, w, b) for b in (bn.double(), bn))
     assert sums.shape == (1, 2, shape[1])
     for row, what in enumerate(("sum g", "sum g xhat")):
@@ -227,7 +229,7 @@ def test_weights(shape, frozen, dtype, generator, device):
     gram, cross, w, _, coef = matrices(*shape, dtype, generator, device)
     if frozen:  # running statistics are constants: no moments, and B = C = 0
         gram, coef[1:] = torch.zeros_like(gram), 0
-    got = moments.launch_moments_weights(cross, gram, w, coef, MATRIX)
+    got = moments_matrices.launch_moments_weights(cross, gram, w, coef, MATRIX)
     ref = reference.moments_weights(cross, gram, *double(w, coef))
     low = reference.moments_weights(cross, gram, w, coef)
     for value, exact, peer, what in zip(got, ref, low, ("dw", "w_g", "w_a", "w_1")):
@@ -247,11 +249,11 @@ def test_autograd_of_convolution_and_batch_norm(stride, generator, device):
     gamma, beta = random_affine(36, generator, device)
     g, mask = gradient(Deferred(x), 36, stride, generator)
     gram = moments.launch_moments(Deferred(x), stride, PRODUCT)
-    bn = moments.launch_moments_finalize(gram, w, gamma, beta, None, 0.1, 1e-5, MATRIX)
+    bn = moments_matrices.launch_moments_finalize(gram, w, gamma, beta, None, 0.1, 1e-5, MATRIX)
     cross = moments.launch_cross_moments(Deferred(x), g, mask, stride, PRODUCT)
-    sums = moments.launch_cross_sums(cross, w, bn, VECTOR)
+    sums = moments_matrices.launch_cross_sums(cross, w, bn, VECTOR)
     coef, dgamma, dbeta = reference.bn_backward_finalize(sums, bn, None)
-    dw, w_g, w_a, w_1 = moments.launch_moments_weights(cross, gram, w, coef, MATRIX)
+    dw, w_g, w_a, w_1 = moments_matrices.launch_moments_weights(cross, gram, w, coef, MATRIX)
     dx, _ = reference.conv1x1_dgrad_moments(g, mask, w_g, Deferred(x), w_a, w_1, stride)
     y = reference.affine(F.conv2d(x, w, stride=stride), bn)
 
@@ -267,19 +269,20 @@ def test_autograd_of_convolution_and_batch_norm(stride, generator, device):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("channels", [40, 72, 136])
 @pytest.mark.parametrize("op", ["moments", "cross_moments", "moments_finalize", "cross_sums", "moments_weights"])
-def test_heuristic_tiles_give_the_same_answer(op, arch, generator, device):
+def test_heuristic_tiles_give_the_same_answer(op, channels, arch, generator, device):
     for dtype in ("float32", "float16"):
         if op in ("moments", "cross_moments"):
-            kernel = 1 if op == "cross_moments" else 0
-            problem = Problem(op, 2, 19, 15, 72, 136, kernel, kernel, dtype=dtype, prologue=True)
+            kernel, module = 1 if op == "cross_moments" else 0, moments
+            problem = Problem(op, 2, 19, 15, channels, 136, kernel, kernel, dtype=dtype, prologue=True)
         else:
-            problem = Problem(op, 136, 1, 1, 72, 72, dtype=dtype)
+            problem, module = Problem(op, 136, 1, 1, channels, channels, dtype=dtype), moments_matrices
         plan = triton_plan(problem, None, Device.default(arch), "test")
-        assert plan.module == "moments"
+        assert f"fused_resnet.kernels.{plan.module}" == module.__name__
 
-        def run(*arguments, plan=plan):
-            return getattr(moments, plan.launch)(*arguments, plan=plan)
+        def run(*arguments, plan=plan, module=module):
+            return getattr(module, plan.launch)(*arguments, plan=plan)
 
         testing.check_operator(problem, run, generator, device)
 
@@ -292,9 +295,9 @@ def test_bits_repeat(generator, device):
 
     def everything():
         gram, cross = moments.launch_moments(a, 1, PRODUCT), moments.launch_cross_moments(a, g, mask, 1, PRODUCT)
-        bn = moments.launch_moments_finalize(gram, w, None, None, None, 0.1, 1e-5, MATRIX)
-        sums = moments.launch_cross_sums(cross, w, bn, VECTOR)
-        return gram, cross, bn, sums, *moments.launch_moments_weights(cross, gram, w, coef, MATRIX)
+        bn = moments_matrices.launch_moments_finalize(gram, w, None, None, None, 0.1, 1e-5, MATRIX)
+        sums = moments_matrices.launch_cross_sums(cross, w, bn, VECTOR)
+        return gram, cross, bn, sums, *moments_matrices.launch_moments_weights(cross, gram, w, coef, MATRIX)
 
     assert all(torch.equal(p, q) for p, q in zip(everything(), everything()))
 
@@ -306,7 +309,7 @@ def test_nan_in_nan_out(generator, device):
     gram = moments.launch_moments(a, 1, PRODUCT)
     assert gram[3].isnan().sum() == 17 and gram.isnan().sum() == 33
     w = random_weight((24, 16, 1, 1), torch.float32, generator, device)
-    bn = moments.launch_moments_finalize(gram, w, None, None, None, 0.1, 1e-5, MATRIX)
+    bn = moments_matrices.launch_moments_finalize(gram, w, None, None, None, 0.1, 1e-5, MATRIX)
     assert bn[:4].isnan().all()
     g, _ = gradient(a, 24, 1, generator)
     g[0, 7, 2, 2] = float("nan")
@@ -341,15 +344,15 @@ def test_wrong_arguments_are_named(generator, device):
         moments.launch_cross_moments(a, g, mask[..., :2], 1, PRODUCT)
     gram, cross, w, bn, coef = matrices(16, 24, torch.float32, generator, device)
     with pytest.raises(ValueError, match=r"gram must be contiguous fp64 \[17, 17\]"):
-        moments.launch_moments_finalize(gram.float(), w, None, None, None, 0.1, 1e-5, MATRIX)
+        moments_matrices.launch_moments_finalize(gram.float(), w, None, None, None, 0.1, 1e-5, MATRIX)
     with pytest.raises(ValueError, match=r"w must be a contiguous \[N, K, 1, 1\]"):
-        moments.launch_moments_finalize(gram, w.expand(-1, -1, 3, 3), None, None, None, 0.1, 1e-5, MATRIX)
+        moments_matrices.launch_moments_finalize(gram, w.expand(-1, -1, 3, 3), None, None, None, 0.1, 1e-5, MATRIX)
     with pytest.raises(ValueError, match=r"gamma must be a contiguous \[24\]; got \(8,\)"):
-        moments.launch_moments_finalize(gram, w, bn[0, :8], None, None, 0.1, 1e-5, MATRIX)
+        moments_matrices.launch_moments_finalize(gram, w, bn[0, :8], None, None, 0.1, 1e-5, MATRIX)
     with pytest.raises(ValueError, match=r"cross must be contiguous fp64 \[17, 24\]"):
-        moments.launch_cross_sums(cross[:-1], w, bn, VECTOR)
+        moments_matrices.launch_cross_sums(cross[:-1], w, bn, VECTOR)
     with pytest.raises(ValueError, match="coef must be"):
-        moments.launch_moments_weights(cross, gram, w, bn, MATRIX)
+        moments_matrices.launch_moments_weights(cross, gram, w, bn, MATRIX)
 
 
 def test_more_pixels_than_32_bits_are_refused():

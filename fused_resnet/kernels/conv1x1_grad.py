@@ -18,8 +18,8 @@ the shape alone, and a second kernel adds the chunks' results in a fixed order: 
 same bits.
 
 These products are bound by memory, and a program that rebuilds an operand reads two tensors for it. So the programs
-that read the same pixels are neighbours and find them in L2, and a gradient of few channels is rebuilt once for all
-columns of dx.
+that read the same pixels are neighbours and find them in L2, a gradient of few channels is rebuilt once for all columns
+of dx, and the input gradient from moments of few channels has a kernel that reads its weights once.
 
 Products in the operands' dtype, fp32 accumulation; fp32 operands as TF32 if PyTorch's switch for convolutions says so.
 """
@@ -45,19 +45,23 @@ from . import (
     wgrad_chunks,
 )
 from .epilogue import (
+    BN_MEAN,
+    BN_RSTD,
     BN_SCALE,
     BN_SHIFT,
     add_chunks,
     add_sums,
     affine,
+    fold_rows,
     input_rows,
     load_addend,
-    load_bits,
-    load_rows,
+    load_mask,
+    load_packed,
     load_vector,
     relu,
     relu_backward,
     store_sums,
+    unpack,
 )
 
 # From this many tiles of pixels on, one program computes all columns of them; below, columns fill the card, too.
@@ -74,22 +78,24 @@ def _load_coef(coef_ptr, channels, cols):
 
 @triton.jit
 def _gradient_tile(
-    g_ptr, mask_ptr, c_ptr, coef, row0, row_limit, cols, channels, ZERO_ROWS: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """dc = A * (g where mask) + B * c + C [BLOCK_M, N] in g's dtype at ``cols`` [N]; coef None: g where mask.
+    g_ptr, packed, c_ptr, coef, row0, row_limit, first_col, channels,
+    ZERO_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dc = A * (g where mask) + B * c + C [BLOCK_M, BLOCK_N] in g's dtype, from channel first_col on.
 
-    Zero beyond the last channel, where the coefficients are 0, and with ZERO_ROWS beyond the last row, where C is not.
+    packed: the tile's `load_packed` bytes of the mask, or None; coef None: g where mask alone. Zero beyond the last
+    channel, where the coefficients are 0, and with ZERO_ROWS beyond the last row, where C is not.
     """
     row = tl.arange(0, BLOCK_M)
+    cols = first_col + tl.arange(0, BLOCK_N)
     valid_rows = row0 + row < row_limit
     # Only the start of the tile can pass 2^31 elements; 64-bit offsets for all of them would cost registers.
     start = tl.cast(row0, tl.int64) * channels
     elements = row[:, None] * channels + cols[None, :]
     valid = valid_rows[:, None] & (cols < channels)[None, :]
     dc = tl.load(g_ptr + start + elements, mask=valid, other=0.0)
-    if mask_ptr is not None:
-        tile_ptr = mask_ptr + tl.cast(row0, tl.int64) * ((channels + 7) // 8)
-        dc = tl.where(load_bits(tile_ptr, tl.minimum(row, row_limit - row0 - 1), cols, channels), dc, 0.0)
+    if packed is not None:
+        dc = tl.where(unpack(packed, BLOCK_M, BLOCK_N), dc, 0.0)
     if coef is not None:
         a, b, shift = coef
         c = tl.load(c_ptr + start + elements, mask=valid, other=0.0).to(tl.float32)
@@ -160,14 +166,16 @@ def _conv1x1_dgrad_kernel(
         store_sums(sums_row_ptr, tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32), cols, gemm_n)
     for row0 in tl.range(start, stop, BLOCK_M, disable_licm=True):
         valid_rows = row0 + row < stop
-        present_rows = tl.minimum(row, stop - row0 - 1)
         tile_start = tl.cast(row0, tl.int64) * gemm_n
         if WHOLE_DEPTH:
             depth = tl.arange(0, BLOCK_K)
             coef = None
             if coef_ptr is not None:
                 coef = _load_coef(coef_ptr, gemm_k, depth)
-            dc = _gradient_tile(g_ptr, mask_ptr, c_ptr, coef, row0, stop, depth, gemm_k, False, BLOCK_M)
+            packed = None
+            if mask_ptr is not None:
+                packed = load_packed(mask_ptr, row0, stop, 0, gemm_k, BLOCK_M, BLOCK_K)
+            dc = _gradient_tile(g_ptr, packed, c_ptr, coef, row0, stop, 0, gemm_k, False, BLOCK_M, BLOCK_K)
         for tile in range(program_tiles):
             first_col = (first_tile + tile) * BLOCK_N
             cols = first_col + tl.arange(0, BLOCK_N)
@@ -178,12 +186,18 @@ def _conv1x1_dgrad_kernel(
                 w = _weight_tile(w_ptr, 0, gemm_k, first_col, gemm_n, BLOCK_K, BLOCK_N)
                 acc = tl.dot(dc, w, acc, input_precision=INPUT_PRECISION)
             else:
+                packed = None
+                if mask_ptr is not None:
+                    packed = load_packed(mask_ptr, row0, stop, 0, gemm_k, BLOCK_M, BLOCK_K)
                 for k0 in range(0, gemm_k, BLOCK_K):
                     depth = k0 + tl.arange(0, BLOCK_K)
                     coef = None
                     if coef_ptr is not None:
                         coef = _load_coef(coef_ptr, gemm_k, depth)
-                    dc = _gradient_tile(g_ptr, mask_ptr, c_ptr, coef, row0, stop, depth, gemm_k, False, BLOCK_M)
+                    dc = _gradient_tile(g_ptr, packed, c_ptr, coef, row0, stop, k0, gemm_k, False, BLOCK_M, BLOCK_K)
+                    if mask_ptr is not None:
+                        # A step ahead: the compiler makes no loads of single bytes asynchronous.
+                        packed = load_packed(mask_ptr, row0, stop, k0 + BLOCK_K, gemm_k, BLOCK_M, BLOCK_K)
                     w = _weight_tile(w_ptr, k0, gemm_k, first_col, gemm_n, BLOCK_K, BLOCK_N)
                     acc = tl.dot(dc, w, acc, input_precision=INPUT_PRECISION)
             if a_ptr is not None:
@@ -204,36 +218,96 @@ def _conv1x1_dgrad_kernel(
                         a = relu(affine(a.to(tl.float32), scale, shift)).to(a.dtype)
                     w = _weight_tile(w_a_ptr, k0, gemm_n, first_col, gemm_n, BLOCK_K, BLOCK_N)
                     acc = tl.dot(a, w, acc, input_precision=INPUT_PRECISION)
-            if addend_ptr is not None:
-                if ADDEND_STRIDE == 1:
-                    bits_ptr = None
-                    if addend_mask_ptr is not None:
-                        bits_ptr = addend_mask_ptr + tl.cast(row0, tl.int64) * ((gemm_n + 7) // 8)
-                    acc += load_rows(addend_ptr + tile_start, bits_ptr, present_rows, valid_rows, cols, gemm_n)
-                else:
-                    rows = row0 + row
-                    image = rows // (out_h * out_w)
-                    h = rows // out_w % out_h
-                    acc += load_addend(
-                        addend_ptr,
-                        addend_mask_ptr,
-                        image,
-                        h,
-                        rows % out_w,
-                        valid_rows,
-                        cols,
-                        out_h,
-                        out_w,
-                        gemm_n,
-                        ADDEND_STRIDE,
-                    )
             elements = row[:, None] * gemm_n + cols[None, :]  # [BLOCK_M, BLOCK_N]
             valid = valid_rows[:, None] & (cols < gemm_n)[None, :]
+            if addend_ptr is not None:
+                if ADDEND_STRIDE == 1:
+                    addend = tl.load(addend_ptr + tile_start + elements, mask=valid, other=0.0)
+                    if addend_mask_ptr is not None:
+                        kept = load_mask(addend_mask_ptr, row0, stop, first_col, gemm_n, BLOCK_M, BLOCK_N)
+                        addend = tl.where(kept, addend, 0.0)
+                    acc += addend.to(tl.float32)
+                else:
+                    rows = row0 + row
+                    image, h, w = rows // (out_h * out_w), rows // out_w % out_h, rows % out_w
+                    acc += load_addend(
+                        addend_ptr, addend_mask_ptr, image, h, w, valid_rows, cols, out_h, out_w, gemm_n, ADDEND_STRIDE
+                    )
             if relu_ptr is not None:
                 c = tl.load(relu_ptr + tile_start + elements, mask=valid, other=0.0).to(tl.float32)
                 acc, sum_g, sum_x = relu_backward(acc, c, relu_bn_ptr, valid_rows, cols, gemm_n)
                 add_sums(sums_row_ptr, sum_g, sum_x, cols, gemm_n)
             tl.store(dx_ptr + tile_start + elements, acc.to(dx_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["gemm_m", "chunk_pixels"])
+def _conv1x1_dgrad_resident_kernel(
+    g_ptr,  # [gemm_m, gemm_k]
+    mask_ptr,  # [gemm_m, ceil(gemm_k / 8)] uint8 | None
+    w_ptr,  # [gemm_k, gemm_n]
+    a_ptr,  # [gemm_m, gemm_n]
+    a_bn_ptr,  # [5, gemm_n] fp32
+    w_a_ptr,  # [gemm_n, gemm_n]
+    w_1_ptr,  # [gemm_n] fp32
+    dx_ptr,  # [gemm_m, gemm_n]
+    sums_ptr,  # [chunks, 2, gemm_n] fp32
+    gemm_m,
+    gemm_n,
+    gemm_k,
+    chunk_pixels,  # a multiple of BLOCK_M
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The input gradient from moments of few channels, gemm_n <= BLOCK_N and gemm_k <= BLOCK_K: a program goes through
+    the pixels of a chunk with both weights in shared memory, the next tile on its way while it computes one.
+
+    Sums stay spread over a tile until the end: exchanges between threads need barriers, which the compiler does not
+    pipeline over. `a` is loaded once, as the operand and as what ReLU and sums see.
+    """
+    chunk = tl.program_id(0)
+    start = chunk * chunk_pixels
+    stop = tl.minimum(start + chunk_pixels, gemm_m)
+    row = tl.arange(0, BLOCK_M)
+    depth = tl.arange(0, BLOCK_K)
+    cols = tl.arange(0, BLOCK_N)
+    w = _weight_tile(w_ptr, 0, gemm_k, 0, gemm_n, BLOCK_K, BLOCK_N)
+    w_a = _weight_tile(w_a_ptr, 0, gemm_n, 0, gemm_n, BLOCK_N, BLOCK_N)
+    sum_g = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), dtype=tl.float32)
+    sum_x = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), dtype=tl.float32)
+    for row0 in tl.range(start, stop, BLOCK_M, disable_licm=True):
+        valid_rows = row0 + row < stop
+        g_elements = row[:, None] * gemm_k + depth[None, :]  # [BLOCK_M, BLOCK_K]
+        g_valid = valid_rows[:, None] & (depth < gemm_k)[None, :]
+        g = tl.load(g_ptr + tl.cast(row0, tl.int64) * gemm_k + g_elements, mask=g_valid, other=0.0)
+        elements = row[:, None] * gemm_n + cols[None, :]  # [BLOCK_M, BLOCK_N]
+        valid = valid_rows[:, None] & (cols < gemm_n)[None, :]
+        tile_start = tl.cast(row0, tl.int64) * gemm_n
+        a = tl.load(a_ptr + tile_start + elements, mask=valid, other=0.0)
+        if mask_ptr is not None:
+            g = tl.where(load_mask(mask_ptr, row0, stop, 0, gemm_k, BLOCK_M, BLOCK_K), g, 0.0)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc += load_vector(w_1_ptr, 0, gemm_n, cols)[None, :]
+        acc = tl.dot(g, w, acc, input_precision=INPUT_PRECISION)
+        c = a.to(tl.float32)
+        scale = load_vector(a_bn_ptr, BN_SCALE, gemm_n, cols)
+        shift = load_vector(a_bn_ptr, BN_SHIFT, gemm_n, cols)
+        normalised = affine(c, scale, shift)
+        acc = tl.dot(relu(normalised).to(a.dtype), w_a, acc, input_precision=INPUT_PRECISION)
+        acc = tl.where(valid_rows[:, None] & (normalised > 0), acc, 0.0)
+        mean = load_vector(a_bn_ptr, BN_MEAN, gemm_n, cols)
+        sum_g += fold_rows(acc, BLOCK_M, BLOCK_N)
+        sum_x += fold_rows(acc * (c - mean[None, :]), BLOCK_M, BLOCK_N)
+        tl.store(dx_ptr + tile_start + elements, acc.to(dx_ptr.dtype.element_ty), mask=valid)
+    rstd = load_vector(a_bn_ptr, BN_RSTD, gemm_n, cols)
+    store_sums(
+        sums_ptr + chunk.to(tl.int64) * 2 * gemm_n + cols,
+        tl.sum(tl.sum(sum_g, axis=1), axis=0),
+        tl.sum(tl.sum(sum_x, axis=1), axis=0) * rstd,
+        cols,
+        gemm_n,
+    )
 
 
 @triton.jit(do_not_specialize=["in_h", "in_w", "out_h", "out_w", "pixels", "chunk_pixels"])
@@ -278,8 +352,15 @@ def _conv1x1_wgrad_kernel(
         shift = load_vector(a_bn_ptr, BN_SHIFT, gemm_n, cols)
     row = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    packed = None
+    if mask_ptr is not None:
+        packed = load_packed(mask_ptr, start, stop, first_k, gemm_m, BLOCK_K, BLOCK_M)
     for row0 in range(start, stop, BLOCK_K):
-        dc = _gradient_tile(g_ptr, mask_ptr, c_ptr, coef, row0, stop, ks, gemm_m, True, BLOCK_K)  # [BLOCK_K, BLOCK_M]
+        dc = _gradient_tile(
+            g_ptr, packed, c_ptr, coef, row0, stop, first_k, gemm_m, True, BLOCK_K, BLOCK_M
+        )  # [BLOCK_K, BLOCK_M]
+        if mask_ptr is not None:
+            packed = load_packed(mask_ptr, row0 + BLOCK_K, stop, first_k, gemm_m, BLOCK_K, BLOCK_M)
         a_tile_ptr = a_ptr + tl.cast(row0, tl.int64) * gemm_n
         a_rows = row
         if STRIDE > 1:
@@ -348,6 +429,33 @@ def _launch_dgrad(
     return sums
 
 
+def _launch_resident(dout, mask, w_g, a, w_a, w_1, da, plan):
+    """Launch the kernel whose programs keep both weights, on checked operands. Returns the sums."""
+    n, k, height, width = da.shape
+    pixels, chunks = n * height * width, plan.statistics_rows(k)
+    chunk_pixels = plan.chunk_pixels(pixels, chunks)
+    require_pixels(da, chunks * chunk_pixels)
+    sums = torch.empty((chunks, 2, k), dtype=torch.float32, device=da.device)
+    with on_device_of(da):
+        _conv1x1_dgrad_resident_kernel[(chunks,)](
+            dout,
+            mask,
+            w_g,
+            *a,
+            w_a,
+            w_1,
+            da,
+            sums,
+            pixels,
+            k,
+            dout.shape[1],
+            chunk_pixels,
+            INPUT_PRECISION=input_precision(da.dtype),
+            **tile_options(plan.config),
+        )
+    return sums
+
+
 def launch_conv1x1_dgrad(grad, w, geometry, input_hw, relu_of, addend, addend_stride, plan):
     """dx = dc w + addend, [N, C, H, W] in g's dtype, and sums of it if ``relu_of`` is given.
 
@@ -398,6 +506,9 @@ def launch_conv1x1_dgrad_moments(dout, mask, w_g, a, w_a, w_1, stride, plan):
     if w_1.shape != (k,) or w_1.dtype != torch.float32 or not w_1.is_contiguous():
         raise ValueError(f"w_1 must be contiguous fp32 [{k}]; got {tuple(w_1.shape)} {w_1.dtype}")
     da = empty_rows(n, k, *shape[2:], like=dout)
+    config = plan.config
+    if a.bn is not None and k <= config.block_n and dout.shape[1] <= config.block_k:
+        return da, _launch_resident(dout, mask, w_g, a, w_a, w_1, da, plan)
     relu_of = None if a.bn is None else a
     sums = _launch_dgrad((dout, mask, None, None), w_g, da, plan, a=(*a, w_a, w_1), stride=stride, relu_of=relu_of)
     return da, sums

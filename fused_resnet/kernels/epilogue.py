@@ -25,10 +25,10 @@ def input_rows(rows, in_h, in_w, out_h, out_w, STRIDE: tl.constexpr):
     """int64 input pixel of each output pixel ``rows`` [M]. Pixel counts stay below 2^31, element counts may not."""
     if STRIDE == 1:
         return rows.to(tl.int64)
-    image = rows // (out_h * out_w)
-    p = rows // out_w % out_h
-    q = rows % out_w
-    return ((image * in_h + p * STRIDE) * in_w + q * STRIDE).to(tl.int64)
+    line = rows // out_w  # image * out_h + p
+    image = line // out_h
+    input_line = line * STRIDE + image * (in_h - out_h * STRIDE)  # image * in_h + p * STRIDE, two divisions in all
+    return (input_line * in_w + (rows - line * out_w) * STRIDE).to(tl.int64)
 
 
 @triton.jit
@@ -54,6 +54,12 @@ def affine(x, scale, shift):
 def relu(x):
     """max(x, 0); a NaN stays a NaN, as in PyTorch, so that a broken input is not silently turned into zeros."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def fold_rows(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows added in pairs that lie eight apart, which tensor cores leave to one thread: [BLOCK_M // 16, 8, BLOCK_N]."""
+    return tl.sum(tl.reshape(x, (BLOCK_M // 16, 2, 8, BLOCK_N)), axis=1)
 
 
 @triton.jit
@@ -140,7 +146,7 @@ def load_packed(mask_ptr, row0, row_limit, first_channel, channels, BLOCK_M: tl.
     byte = first_channel // 8 + tl.arange(0, BLOCK_N // 8)
     offsets = row[:, None] * bytes_per_row + byte[None, :]
     valid = (row0 + row < row_limit)[:, None] & (byte < bytes_per_row)[None, :]
-    return tl.load(mask_ptr + row0.to(tl.int64) * bytes_per_row + offsets, mask=valid, other=0)
+    return tl.load(mask_ptr + tl.cast(row0, tl.int64) * bytes_per_row + offsets, mask=valid, other=0)
 
 
 @triton.jit
@@ -148,10 +154,12 @@ def unpack(packed, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The bits of bytes [BLOCK_M, BLOCK_N // 8] as booleans [BLOCK_M, BLOCK_N].
 
     The thread that holds a byte gets its eight neighbouring channels, as a wide load of 16-bit values would lay them
-    out: a load per byte, where a load per bit costs twice the registers.
+    out: a load per byte, where a load per bit costs twice the registers, and spreads a row over many threads, which no
+    wide access to shared memory can follow. A 32-bit AND with a constant becomes one instruction that moves a byte into
+    predicates; shifts of bytes are three per bit, and masks for two values in a word no fewer instructions in all.
     """
-    bits = (packed[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]) & 1
-    return tl.reshape(bits, (BLOCK_M, BLOCK_N)) != 0
+    bits = packed.to(tl.int32)[:, :, None] & (1 << tl.arange(0, 8))[None, None, :]
+    return tl.reshape(bits != 0, (BLOCK_M, BLOCK_N))
 
 
 @triton.jit
@@ -162,35 +170,23 @@ def load_mask(mask_ptr, row0, row_limit, first_channel, channels, BLOCK_M: tl.co
 
 
 @triton.jit
-def load_bits(mask_ptr, rows, cols, channels):
-    """The bits of `store_mask` at ``rows`` [M], which must be there; out of range ``cols`` [N] read the last byte.
-
-    For values that are zero out of range anyway: in the loop of a product a condition on every load costs registers.
-    """
-    bytes_per_row = (channels + 7) // 8
-    offsets = rows[:, None] * bytes_per_row + tl.minimum(cols // 8, bytes_per_row - 1)[None, :]
-    return ((tl.load(mask_ptr + offsets) >> (cols % 8).to(tl.uint8)[None, :]) & 1) != 0
-
-
-@triton.jit
-def load_rows(ptr, mask_ptr, rows, valid_rows, cols, channels):
-    """Values [M, N] fp32 at ``rows`` [M], which must be there; 0 where ``valid_rows`` [M] says so, beyond the last
-    channel, and where the bit of `store_mask` is off (mask_ptr None: all are on)."""
-    valid = valid_rows[:, None] & (cols < channels)[None, :]
-    values = tl.load(ptr + (rows[:, None] * channels + cols[None, :]), mask=valid, other=0.0)
-    if mask_ptr is not None:
-        values = tl.where(load_bits(mask_ptr, rows, cols, channels), values, 0.0)
-    return values.to(tl.float32)
-
-
-@triton.jit
 def load_addend(ptr, mask_ptr, image, h, w, valid_rows, cols, in_h, in_w, channels, STRIDE: tl.constexpr):
-    """The addend [M, N] fp32 at the pixels (image, h, w), whose own grid is every STRIDE-th row and column; else 0."""
-    on_grid = valid_rows & (h % STRIDE == 0) & (w % STRIDE == 0)
+    """The addend [M, N] fp32 at the pixels (image, h, w), whose own grid is every STRIDE-th row and column; else 0, and
+    where the bit of `store_mask` is off (mask_ptr None: all are on)."""
     own_h = (in_h + STRIDE - 1) // STRIDE
     own_w = (in_w + STRIDE - 1) // STRIDE
     pixel = (image * own_h + h // STRIDE).to(tl.int64) * own_w + w // STRIDE
-    return load_rows(ptr, mask_ptr, tl.where(valid_rows, pixel, 0), on_grid, cols, channels)
+    pixel = tl.where(valid_rows, pixel, 0)
+    on_grid = valid_rows & (h % STRIDE == 0) & (w % STRIDE == 0)
+    valid = on_grid[:, None] & (cols < channels)[None, :]
+    values = tl.load(ptr + (pixel[:, None] * channels + cols[None, :]), mask=valid, other=0.0)
+    if mask_ptr is not None:
+        # Out of range, where values are 0 anyway, the last byte: a condition on every load costs registers.
+        bytes_per_row = (channels + 7) // 8
+        offsets = pixel[:, None] * bytes_per_row + tl.minimum(cols // 8, bytes_per_row - 1)[None, :]
+        bits = tl.load(mask_ptr + offsets) >> (cols % 8).to(tl.uint8)[None, :]
+        values = tl.where((bits & 1) != 0, values, 0.0)
+    return values.to(tl.float32)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""BatchNorm from the moments of a 1x1 convolution's input (`reference.moments_finalize`, `reference.moments_weights`).
+"""Moments of a 1x1 convolution's input, and of that input with its output's gradient, for BatchNorm without an output.
 
 Rows a [P, K] are the convolution's input, relu(bn(c)) of a deferred one or every stride-th pixel of a plain one, and
 rows g [P, N] its output's gradient, zero where the ReLU behind it was off:
@@ -7,18 +7,19 @@ rows g [P, N] its output's gradient, zero where the ReLU behind it was off:
 
 One kernel computes both: the right operand of gram is a itself, and only tiles that touch the upper triangle are
 computed. The pixels are split into chunks, how many follows from the shapes alone, and a second kernel adds the chunks'
-fp32 results in fp64, in order: no atomics, so the same input gives the same bits. Three small kernels make of them the
-vectors bn [5, N], the sums [1, 2, N] of the gradient, and the matrices of backward.
+fp32 results in fp64, in order: no atomics, so the same input gives the same bits. What is made of them is in
+`moments_matrices`.
 
 Precision. The variance is a difference, Cov = M / P - m m^T, in which an error d relative to M and m becomes one of
-about d (1 + mean^2 / var); dgamma and dW are differences of the same kind. Tensor cores add to their fp32 accumulator
-by truncation (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical behavior of NVIDIA tensor cores"), and the products
-of ReLU outputs are all positive. Emulated, a chain over 4096 pixels loses 5e-6 (bf16) to 3e-5 (fp16) of M, always
-downwards, and one over 64 pixels 1e-7: so a chain ends after BLOCK_K pixels, and results are added in fp32 registers,
-rounded to nearest. Sums of a are taken from the same rounded values as products. fp32 operands are split into two TF32
-values each ("tf32x3") where PyTorch's switch allows TF32, whose 11 bits would not survive the difference, which is
-taken in fp64. After it nothing cancels that much, and products with Cov run at fp32 precision: in fp64 they would be
-exact to no purpose and, on cards with a 64th of the rate, slow.
+about d (1 + mean^2 / var). Tensor cores add to their fp32 accumulator by truncation (Fasi, Higham, Mikaitis and
+Pranesh 2021, "Numerical behavior of NVIDIA tensor cores"), and the products of ReLU outputs are all positive. Emulated,
+a chain over 4096 pixels loses 5e-6 (bf16) to 3e-5 (fp16) of M, always downwards, and one over 64 pixels 1e-7: so in
+gram, where a mean of 70 deviations makes 5e-4 of the latter, a chain ends after BLOCK_K pixels, and results are added
+in fp32 registers, rounded to nearest. In cross such a chain runs over the whole chunk: what dgamma and dW lose of it
+grows with mean / deviation alone, and stays below what 16-bit gradients have lost before, while the second accumulator
+would halve the tile. Sums are products with a column of ones, of the same rounded values, and end their chains in both.
+fp32 operands are split into two TF32 values each ("tf32x3") where PyTorch's switch allows TF32, whose 11 bits would not
+survive the difference.
 """
 
 import torch
@@ -26,7 +27,6 @@ import triton
 import triton.language as tl
 
 from . import (
-    count_batch,
     input_precision,
     on_device_of,
     require_mask,
@@ -35,31 +35,23 @@ from . import (
     require_vectors,
     tile_options,
 )
-from .epilogue import (
-    BN_MEAN,
-    BN_RSTD,
-    BN_SCALE,
-    BN_SHIFT,
-    affine,
-    input_rows,
-    load_packed,
-    load_vector,
-    relu,
-    store_bn,
-    unpack,
-    update_running,
-)
+from .epilogue import BN_SCALE, BN_SHIFT, affine, input_rows, load_packed, load_vector, relu, unpack
 
 
 @triton.jit
-def _load_rows(x_ptr, bn_ptr, rows, valid_rows, cols, channels):
-    """relu(bn(x)) [M, N] of the int64 pixels ``rows``, in x's dtype, 0 out of range; bn_ptr None: x."""
+def _load_tile(x_ptr, bn_ptr, rows, valid_rows, cols, channels, ZERO_ROWS: tl.constexpr):
+    """relu(bn(x)) [M, N] of the pixels ``rows``, in x's dtype, 0 beyond the last channel; bn_ptr None: x.
+
+    Zero beyond the last row, too, with ZERO_ROWS or without a bn; else relu(shift).
+    """
     valid = valid_rows[:, None] & (cols < channels)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * channels + cols[None, :], mask=valid, other=0.0)
+    x = tl.load(x_ptr + (rows[:, None] * channels + cols[None, :]), mask=valid, other=0.0)
     if bn_ptr is not None:
         scale = load_vector(bn_ptr, BN_SCALE, channels, cols)
         shift = load_vector(bn_ptr, BN_SHIFT, channels, cols)
-        x = tl.where(valid, relu(affine(x.to(tl.float32), scale, shift)), 0.0).to(x.dtype)
+        x = relu(affine(x.to(tl.float32), scale, shift)).to(x.dtype)
+        if ZERO_ROWS:
+            x = tl.where(valid_rows[:, None], x, 0.0)
     return x
 
 
@@ -97,40 +89,51 @@ def _moments_kernel(
         return  # below the diagonal
     ks = first_row + tl.arange(0, BLOCK_M)
     cols = first_col + tl.arange(0, BLOCK_N)
+    row = tl.arange(0, BLOCK_K)
     start = chunk * chunk_pixels
     stop = tl.minimum(start + chunk_pixels, pixels)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # Rows 32 apart lie in one thread, which adds them up; threads exchange sums once, at the end.
-    SUM_ROWS: tl.constexpr = 32 if BLOCK_K > 32 else BLOCK_K
-    sums = tl.zeros((SUM_ROWS, BLOCK_N), dtype=tl.float32)
+    # As many columns of ones as a product must have: to add up g's values one by one costs a third of all instructions.
+    ones = tl.full((BLOCK_K, 16), 1.0, a_ptr.dtype.element_ty)
+    sums = tl.zeros((BLOCK_N, 16), dtype=tl.float32)
     if mask_ptr is not None:
         packed = load_packed(mask_ptr, start, stop, first_col, gemm_n, BLOCK_K, BLOCK_N)
-    for step in range(tl.cdiv(stop - start, BLOCK_K)):
-        row0 = start + step * BLOCK_K
-        rows = row0 + tl.arange(0, BLOCK_K)
-        valid_rows = rows < stop
-        a_rows = input_rows(rows, in_h, in_w, out_h, out_w, STRIDE)
-        a = _load_rows(a_ptr, a_bn_ptr, a_rows, valid_rows, ks, gemm_m)  # [BLOCK_K, BLOCK_M]
+    for row0 in range(start, stop, BLOCK_K):
+        valid_rows = row0 + row < stop
+        # Only the start of a tile can pass 2^31 elements; 64-bit offsets for all of them would cost registers.
+        a_tile_ptr = a_ptr + tl.cast(row0, tl.int64) * gemm_m
+        a_rows = row
+        if STRIDE > 1:
+            a_tile_ptr = a_ptr
+            a_rows = input_rows(row0 + row, in_h, in_w, out_h, out_w, STRIDE)
+        a = _load_tile(a_tile_ptr, a_bn_ptr, a_rows, valid_rows, ks, gemm_m, ONE_TILE)  # [BLOCK_K, BLOCK_M]
         if g_ptr is None:
             g = a
             if not ONE_TILE:
-                g = _load_rows(a_ptr, a_bn_ptr, a_rows, valid_rows, cols, gemm_n)  # [BLOCK_K, BLOCK_N]
+                g = _load_tile(a_tile_ptr, a_bn_ptr, a_rows, valid_rows, cols, gemm_n, True)  # [BLOCK_K, BLOCK_N]
         else:
-            g = _load_rows(g_ptr, None, rows.to(tl.int64), valid_rows, cols, gemm_n)  # [BLOCK_K, BLOCK_N]
+            g_tile_ptr = g_ptr + tl.cast(row0, tl.int64) * gemm_n
+            g = _load_tile(g_tile_ptr, None, row, valid_rows, cols, gemm_n, True)  # [BLOCK_K, BLOCK_N]
             if mask_ptr is not None:
                 g = tl.where(unpack(packed, BLOCK_K, BLOCK_N), g, 0.0)
                 # A step ahead: the compiler makes no loads of single bytes asynchronous.
                 packed = load_packed(mask_ptr, row0 + BLOCK_K, stop, first_col, gemm_n, BLOCK_K, BLOCK_N)
-        # A product with a limit on inexact additions is not merged with the addition behind it.
-        acc += tl.dot(tl.trans(a), g, input_precision=INPUT_PRECISION, max_num_imprecise_acc=BLOCK_K)
-        sums += tl.sum(tl.reshape(g.to(tl.float32), (BLOCK_K // SUM_ROWS, SUM_ROWS, BLOCK_N)), axis=0)
+        # A product with a limit on inexact additions is not merged with the addition behind it. Longer chains, added up
+        # under a condition every 256 pixels, saved no instructions: registers move on either path.
+        if g_ptr is None:
+            acc += tl.dot(tl.trans(a), g, input_precision=INPUT_PRECISION, max_num_imprecise_acc=BLOCK_K)
+        else:
+            acc = tl.dot(tl.trans(a), g, acc, input_precision=INPUT_PRECISION)
+        sums += tl.dot(tl.trans(g), ones, input_precision=INPUT_PRECISION, max_num_imprecise_acc=BLOCK_K)
 
     part_ptr = parts_ptr + chunk.to(tl.int64) * (gemm_m + 1) * gemm_n
     valid = (ks < gemm_m)[:, None] & (cols < gemm_n)[None, :]
     tl.store(part_ptr + ks[:, None] * gemm_n + cols[None, :], acc, mask=valid)
     if first_row == 0:
-        tl.store(part_ptr + gemm_m * gemm_n + cols, tl.sum(sums, axis=0), mask=cols < gemm_n)
+        first = tl.arange(0, 16) == 0
+        sums_ptr = part_ptr + gemm_m * gemm_n + cols[:, None] + tl.zeros((1, 16), tl.int32)
+        tl.store(sums_ptr, sums, mask=(cols < gemm_n)[:, None] & first[None, :])
 
 
 @triton.jit(do_not_specialize=["chunks", "pixels"])
@@ -171,202 +174,14 @@ def _add_chunks_kernel(
         tl.store(out_ptr + index, total, mask=valid)
 
 
-@triton.jit
-def _load_weight(w_ptr, ks, cols, gemm_n, gemm_k):
-    """W [K, N] fp32 of the weight [gemm_n, gemm_k] in memory, 0 out of range."""
-    valid = (ks < gemm_k)[:, None] & (cols < gemm_n)[None, :]
-    return tl.load(w_ptr + cols[None, :] * gemm_k + ks[:, None], mask=valid, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _inverse_count(gram_ptr, gemm_k):
-    """1 / P. Where statistics are running ones gram is zero, and so is then everything that it is multiplied by."""
-    return 1.0 / tl.maximum(tl.load(gram_ptr + (gemm_k + 1) * (gemm_k + 1) - 1), 1.0)
-
-
-@triton.jit
-def _covariance_product(
-    gram_ptr, w_ptr, inv_count, ks, cols, twice, stop, gemm_n, gemm_k,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Cov[ks, j] W[j, cols], fp32 [BLOCK_M, BLOCK_N], and m[j] W[j, cols], fp64 [BLOCK_N], over channels j below stop.
-
-    Cov = M / P - m m^T, subtracted in fp64 and then rounded; channels below ``twice`` count double in the product.
-    """
-    sums_ptr = gram_ptr + gemm_k * (gemm_k + 1)
-    mean_k = tl.load(sums_ptr + ks, mask=ks < gemm_k, other=0.0) * inv_count
-    product = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    mean = tl.zeros((BLOCK_N,), dtype=tl.float64)
-    for j0 in range(0, stop, BLOCK_K):
-        js = j0 + tl.arange(0, BLOCK_K)
-        valid = (ks < gemm_k)[:, None] & (js < stop)[None, :]
-        second = tl.load(gram_ptr + ks[:, None] * (gemm_k + 1) + js[None, :], mask=valid, other=0.0) * inv_count
-        mean_j = tl.load(sums_ptr + js, mask=js < stop, other=0.0) * inv_count
-        cov = (second - mean_k[:, None] * mean_j[None, :]).to(tl.float32)  # [BLOCK_M, BLOCK_K]
-        cov = tl.where((js < twice)[None, :], cov + cov, cov)
-        w = _load_weight(w_ptr, js, cols, gemm_n, gemm_k)  # [BLOCK_K, BLOCK_N]
-        product += tl.dot(cov, w, input_precision="tf32x3", max_num_imprecise_acc=BLOCK_K)
-        mean += tl.sum(mean_j[:, None] * w.to(tl.float64), axis=0)
-    return product, mean
-
-
-@triton.jit
-def _moments_finalize_kernel(
-    gram_ptr,  # [gemm_k + 1, gemm_k + 1] fp64
-    w_ptr,  # [gemm_n, gemm_k]
-    gamma_ptr,
-    beta_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    batches_ptr,  # int64 scalar, read only: the batches counted so far, this one included
-    bn_ptr,
-    gemm_n,
-    gemm_k,
-    momentum,
-    eps,
-    CUMULATIVE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """bn at BLOCK_N output channels: mean = m W, var = sum_k W (Cov W)."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inv_count = _inverse_count(gram_ptr, gemm_k)
-    mean = tl.zeros((BLOCK_N,), dtype=tl.float64)
-    var = tl.zeros((BLOCK_N,), dtype=tl.float64)
-    for k0 in range(0, gemm_k, BLOCK_M):
-        ks = k0 + tl.arange(0, BLOCK_M)
-        # Cov is symmetric: what lies to the left of the tile on the diagonal counts twice, what lies to its right not.
-        # The mean is complete after the last step, which sees all channels.
-        stop = tl.minimum(k0 + BLOCK_M, gemm_k)
-        product, mean = _covariance_product(
-            gram_ptr, w_ptr, inv_count, ks, cols, k0, stop, gemm_n, gemm_k, BLOCK_M, BLOCK_N, BLOCK_K
-        )
-        w = _load_weight(w_ptr, ks, cols, gemm_n, gemm_k)
-        var += tl.sum(w.to(tl.float64) * product.to(tl.float64), axis=0)
-    var = tl.where(var < 0.0, 0.0, var)  # a NaN stays a NaN
-    store_bn(bn_ptr, gemm_n, cols, mean, var, inv_count, gamma_ptr, beta_ptr, eps)
-    if running_mean_ptr is not None:
-        count = 1.0 / inv_count
-        update_running(
-            running_mean_ptr, running_var_ptr, batches_ptr, gemm_n, cols, mean, var, count, momentum, CUMULATIVE
-        )
-
-
-@triton.jit
-def _cross_sums_kernel(
-    cross_ptr,  # [gemm_k + 1, gemm_n] fp64
-    w_ptr,  # [gemm_n, gemm_k]
-    bn_ptr,
-    sums_ptr,  # [2, gemm_n] fp32
-    gemm_n,
-    gemm_k,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """sums = (G1, rstd (sum_k W S - mean G1)), S and G1 the rows of cross."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float64)
-    for k0 in range(0, gemm_k, BLOCK_M):
-        ks = k0 + tl.arange(0, BLOCK_M)
-        valid = (ks < gemm_k)[:, None] & (cols < gemm_n)[None, :]
-        s = tl.load(cross_ptr + ks[:, None] * gemm_n + cols[None, :], mask=valid, other=0.0)
-        total += tl.sum(s * _load_weight(w_ptr, ks, cols, gemm_n, gemm_k).to(tl.float64), axis=0)
-    sum_g = tl.load(cross_ptr + gemm_k * gemm_n + cols, mask=cols < gemm_n, other=0.0)
-    mean = load_vector(bn_ptr, BN_MEAN, gemm_n, cols).to(tl.float64)
-    sum_x = load_vector(bn_ptr, BN_RSTD, gemm_n, cols).to(tl.float64) * (total - mean * sum_g)
-    tl.store(sums_ptr + cols, sum_g.to(tl.float32), mask=cols < gemm_n)
-    tl.store(sums_ptr + gemm_n + cols, sum_x.to(tl.float32), mask=cols < gemm_n)
-
-
-@triton.jit
-def _weight_gradient_tile(
-    cross_ptr, gram_ptr, w_ptr, coef_ptr, dw_ptr, w_g_ptr, ks, cols, gemm_n, gemm_k,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """dW[ks, cols] and (W diag(A))[ks, cols], stored as the weight lies.
-
-    With mean = m W, M W = P Cov W + (sum a) mean, so that dW = S A + P (Cov W) B + (sum a) (C + B mean): what cancels
-    in M W B + (sum a) C is kept out of the fp32 product.
-    """
-    inv_count = _inverse_count(gram_ptr, gemm_k)
-    product, mean = _covariance_product(
-        gram_ptr, w_ptr, inv_count, ks, cols, 0, gemm_k, gemm_n, gemm_k, BLOCK_M, BLOCK_N, BLOCK_K
-    )
-    valid = (ks < gemm_k)[:, None] & (cols < gemm_n)[None, :]
-    a = load_vector(coef_ptr, 0, gemm_n, cols)
-    b = load_vector(coef_ptr, 1, gemm_n, cols).to(tl.float64)
-    c = load_vector(coef_ptr, 2, gemm_n, cols).to(tl.float64) + b * mean
-    sum_a = tl.load(gram_ptr + gemm_k * (gemm_k + 1) + ks, mask=ks < gemm_k, other=0.0)
-    s = tl.load(cross_ptr + ks[:, None] * gemm_n + cols[None, :], mask=valid, other=0.0)
-    dw = s * a.to(tl.float64)[None, :] + product.to(tl.float64) * (b / inv_count)[None, :]
-    dw += sum_a[:, None] * c[None, :]
-    elements = cols[None, :] * gemm_k + ks[:, None]
-    tl.store(dw_ptr + elements, dw.to(tl.float32), mask=valid)
-    w_g = _load_weight(w_ptr, ks, cols, gemm_n, gemm_k) * a[None, :]
-    tl.store(w_g_ptr + elements, w_g.to(w_g_ptr.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def _input_weights_tile(
-    w_ptr, coef_ptr, w_a_ptr, w_1_ptr, ks, js, with_w_1, gemm_n, gemm_k, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """(W diag(B) W^T)[ks, js] of BLOCK_M x BLOCK_M values, and (W C)[ks] if ``with_w_1``."""
-    w_a = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
-    w_1 = tl.zeros((BLOCK_M,), dtype=tl.float64)
-    for n0 in range(0, gemm_n, BLOCK_K):
-        cols = n0 + tl.arange(0, BLOCK_K)
-        w_k = _load_weight(w_ptr, ks, cols, gemm_n, gemm_k)  # [BLOCK_M, BLOCK_K]
-        w_j = _load_weight(w_ptr, js, cols, gemm_n, gemm_k)  # [BLOCK_M, BLOCK_K]
-        scaled = w_k * load_vector(coef_ptr, 1, gemm_n, cols)[None, :]
-        w_a += tl.dot(scaled, tl.trans(w_j), input_precision="tf32x3", max_num_imprecise_acc=BLOCK_K)
-        w_1 += tl.sum(w_k.to(tl.float64) * load_vector(coef_ptr, 2, gemm_n, cols).to(tl.float64)[None, :], axis=1)
-    valid = (ks < gemm_k)[:, None] & (js < gemm_k)[None, :]
-    tl.store(w_a_ptr + ks[:, None] * gemm_k + js[None, :], w_a.to(w_a_ptr.dtype.element_ty), mask=valid)
-    if with_w_1:
-        tl.store(w_1_ptr + ks, w_1.to(tl.float32), mask=ks < gemm_k)
-
-
-@triton.jit
-def _moments_weights_kernel(
-    cross_ptr,  # [gemm_k + 1, gemm_n] fp64
-    gram_ptr,  # [gemm_k + 1, gemm_k + 1] fp64
-    w_ptr,  # [gemm_n, gemm_k]
-    coef_ptr,  # [3, gemm_n] fp32
-    dw_ptr,  # [gemm_n, gemm_k] fp32
-    w_g_ptr,  # [gemm_n, gemm_k]
-    w_a_ptr,  # [gemm_k, gemm_k]
-    w_1_ptr,  # [gemm_k] fp32
-    gemm_n,
-    gemm_k,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """First the programs of w_a and w_1, whose sums over gemm_n are the longest; then those of dw and w_g."""
-    tiles_k = tl.cdiv(gemm_k, BLOCK_M)
-    program = tl.program_id(0)
-    if program < tiles_k * tiles_k:
-        tile_j = program % tiles_k
-        ks = program // tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
-        js = tile_j * BLOCK_M + tl.arange(0, BLOCK_M)
-        _input_weights_tile(w_ptr, coef_ptr, w_a_ptr, w_1_ptr, ks, js, tile_j == 0, gemm_n, gemm_k, BLOCK_M, BLOCK_K)
-    else:
-        program -= tiles_k * tiles_k
-        ks = program % tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = program // tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
-        _weight_gradient_tile(
-            cross_ptr, gram_ptr, w_ptr, coef_ptr, dw_ptr, w_g_ptr, ks, cols, gemm_n, gemm_k, BLOCK_M, BLOCK_N, BLOCK_K
-        )
-
-
 def _split(values: int, pixels: int) -> int:
     """Into how many chunks the pixels are split, for ``values`` results of each.
 
     256 programs of 128 x 128 values fill 132 SMs twice and leave partial results of 17 MB, whose way through L2 costs
-    little beside the activations. Smaller results make shorter programs, at most 512; a chunk has 256 pixels or more.
+    little beside the activations. Smaller results make shorter programs, at most 768, two rounds of three on each SM; a
+    chunk has 256 pixels or more.
     """
-    return max(1, min(512, 2**22 // values, triton.cdiv(pixels, 256)))
+    return max(1, min(768, 2**22 // values, triton.cdiv(pixels, 256)))
 
 
 def _check_input(a, stride: int) -> tuple[int, int, int, int]:
@@ -436,8 +251,9 @@ def launch_moments(a, stride, plan):
     """
     channels = _check_input(a, stride)[1]
     gram = torch.empty((channels + 1, channels + 1), dtype=torch.float64, device=a.c.device)
-    # The upper triangle in tiles of 128.
-    return _launch_products(a, None, None, stride, gram, channels * (channels + 128) // 2, plan)
+    # One tile, or the upper triangle in tiles of 128.
+    values = channels * min(channels, (channels + 128) // 2)
+    return _launch_products(a, None, None, stride, gram, values, plan)
 
 
 def launch_cross_moments(a, g, mask, stride, plan):
@@ -454,95 +270,3 @@ def launch_cross_moments(a, g, mask, stride, plan):
         require_mask(mask, g)
     cross = torch.empty((channels + 1, g.shape[1]), dtype=torch.float64, device=g.device)
     return _launch_products(a, g, mask, stride, cross, channels * g.shape[1], plan)
-
-
-def _check_weight(w) -> tuple[int, int]:
-    """(N, K) of a contiguous weight [N, K, 1, 1]; ValueError."""
-    if w.dim() != 4 or tuple(w.shape[2:]) != (1, 1) or not w.flatten(1).is_contiguous():
-        raise ValueError(f"w must be a contiguous [N, K, 1, 1]; got {tuple(w.shape)}, strides {w.stride()}")
-    return tuple(w.shape[:2])
-
-
-def _require_moments(name: str, x, rows: int, columns: int) -> None:
-    if x.shape != (rows, columns) or x.dtype != torch.float64 or not x.is_contiguous():
-        raise ValueError(f"{name} must be contiguous fp64 [{rows}, {columns}]; got {tuple(x.shape)} {x.dtype}")
-
-
-def launch_moments_finalize(gram, w, gamma, beta, running, momentum, eps, plan):
-    """bn [5, N] fp32 of c = a W from gram [K+1, K+1] and w [N, K, 1, 1], before c exists.
-
-    gamma, beta [N] or None; ``running`` (mean, var, num_batches_tracked | None) is updated in place, the variance
-    unbiased; momentum None: cumulative average, 1 / num_batches_tracked. gram may be the sum over several processes.
-    """
-    gemm_n, gemm_k = _check_weight(w)
-    _require_moments("gram", gram, gemm_k + 1, gemm_k + 1)
-    running_mean, running_var = (None, None) if running is None else running[:2]
-    vectors = {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
-    for name, vector in vectors.items():
-        if vector is not None and (vector.shape != (gemm_n,) or not vector.is_contiguous()):
-            raise ValueError(f"{name} must be a contiguous [{gemm_n}]; got {tuple(vector.shape)}")
-    mean, var, batches = count_batch(running, momentum)
-    bn = torch.empty((5, gemm_n), dtype=torch.float32, device=w.device)
-    with on_device_of(w):
-        _moments_finalize_kernel[(triton.cdiv(gemm_n, plan.config.block_n),)](
-            gram,
-            w,
-            gamma,
-            beta,
-            mean,
-            var,
-            batches,
-            bn,
-            gemm_n,
-            gemm_k,
-            0.0 if momentum is None else float(momentum),
-            float(eps),
-            CUMULATIVE=momentum is None,
-            **tile_options(plan.config),
-        )
-    return bn
-
-
-def launch_cross_sums(cross, w, bn, plan):
-    """sums [1, 2, N] fp32 = (sum g, sum g * xhat) of c = a W from cross [K+1, N], w [N, K, 1, 1] and bn [5, N]."""
-    gemm_n, gemm_k = _check_weight(w)
-    _require_moments("cross", cross, gemm_k + 1, gemm_n)
-    require_vectors("bn", bn, 5, gemm_n)
-    sums = torch.empty((1, 2, gemm_n), dtype=torch.float32, device=w.device)
-    with on_device_of(w):
-        _cross_sums_kernel[(triton.cdiv(gemm_n, plan.config.block_n),)](
-            cross,
-            w,
-            bn,
-            sums,
-            gemm_n,
-            gemm_k,
-            BLOCK_M=plan.config.block_m,
-            BLOCK_N=plan.config.block_n,
-            num_warps=plan.config.num_warps,
-            num_stages=plan.config.num_stages,
-        )
-    return sums
-
-
-def launch_moments_weights(cross, gram, w, coef, plan):
-    """Weight gradient of c = a W and the matrices of its input gradient, da = g w_g + a w_a + w_1.
-
-    cross [K+1, N], gram [K+1, K+1] of this process, w [N, K, 1, 1], coef [3, N] fp32 = (A, B, C). Returns
-    dw [N, K, 1, 1] fp32, w_g = (W diag(A))^T [N, K] and w_a = W diag(B) W^T [K, K] in w's dtype, w_1 = W C [K] fp32.
-    """
-    gemm_n, gemm_k = _check_weight(w)
-    _require_moments("cross", cross, gemm_k + 1, gemm_n)
-    _require_moments("gram", gram, gemm_k + 1, gemm_k + 1)
-    require_vectors("coef", coef, 3, gemm_n)
-    dw = torch.empty((gemm_n, 1, 1, gemm_k), dtype=torch.float32, device=w.device).permute(0, 3, 1, 2)
-    w_g = torch.empty((gemm_n, gemm_k), dtype=w.dtype, device=w.device)
-    w_a = torch.empty((gemm_k, gemm_k), dtype=w.dtype, device=w.device)
-    w_1 = torch.empty(gemm_k, dtype=torch.float32, device=w.device)
-    tiles_k = triton.cdiv(gemm_k, plan.config.block_m)
-    tiles_n = triton.cdiv(gemm_n, plan.config.block_n)
-    with on_device_of(w):
-        _moments_weights_kernel[(tiles_k * (tiles_k + tiles_n),)](
-            cross, gram, w, coef, dw, w_g, w_a, w_1, gemm_n, gemm_k, **tile_options(plan.config)
-        )
-    return dw, w_g, w_a, w_1

@@ -46,7 +46,7 @@ from . import (
     tap_major,
     tile_options,
 )
-from .epilogue import affine, frozen_vectors, relu
+from .epilogue import affine, fold_rows, frozen_vectors, relu
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -74,24 +74,11 @@ def _load_weight(w_ptr, cols, gemm_n, R: tl.constexpr, S: tl.constexpr, CHANNELS
 
 @triton.jit
 def _load_patches(
-    x_ptr,
-    image,
-    p,
-    q,
-    valid,
-    in_h,
-    in_w,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    x_ptr, image, p, q, valid, in_h, in_w,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     """The R slices [M, BLOCK_K] of what the outputs (image, p, q) read, zero outside of the image and beyond S taps.
 
     image and p are scalars or [M, 1], q and valid [M, 1]. All slices are loaded before the first is used.
@@ -126,12 +113,6 @@ def _product(
     for r in tl.static_range(R):
         acc = tl.dot(patches[r], weight[r], acc, input_precision=INPUT_PRECISION)
     return acc
-
-
-@triton.jit
-def _fold_rows(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows added in pairs that lie eight apart, which tensor cores leave to one thread: [BLOCK_M // 16, 8, BLOCK_N]."""
-    return tl.sum(tl.reshape(x, (BLOCK_M // 16, 2, 8, BLOCK_N)), axis=1)
 
 
 @triton.jit
@@ -196,24 +177,9 @@ def _stem_fwd_kernel(
         p = (rows // out_w % out_h)[:, None]
         q = (rows % out_w)[:, None]
         patches = _load_patches(
-            x_ptr,
-            (rows // (out_h * out_w))[:, None],
-            p,
-            q,
-            (rows < stop)[:, None],
-            in_h,
-            in_w,
-            R,
-            S,
-            STRIDE_H,
-            STRIDE_W,
-            PAD_H,
-            PAD_W,
-            DILATION_H,
-            DILATION_W,
-            CHANNELS,
-            BLOCK_K,
-        )
+            x_ptr, (rows // (out_h * out_w))[:, None], p, q, (rows < stop)[:, None], in_h, in_w,
+            R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, CHANNELS, BLOCK_K,
+        )  # fmt: skip
         acc = _product(patches, weight, R, INPUT_PRECISION, BLOCK_M, BLOCK_N)
         elements = rows.to(tl.int64)[:, None] * gemm_n + cols[None, :]  # [BLOCK_M, BLOCK_N]
         valid = (rows < stop)[:, None] & (cols < gemm_n)[None, :]
@@ -224,8 +190,8 @@ def _stem_fwd_kernel(
             if row0 == start:
                 pivot = tl.sum(acc, axis=0) / tl.minimum(stop - start, BLOCK_M)
             deviation = tl.where((rows < stop)[:, None], acc - pivot[None, :], 0.0)
-            total += _fold_rows(deviation, BLOCK_M, BLOCK_N)
-            squares += _fold_rows(deviation * deviation, BLOCK_M, BLOCK_N)
+            total += fold_rows(deviation, BLOCK_M, BLOCK_N)
+            squares += fold_rows(deviation * deviation, BLOCK_M, BLOCK_N)
         if var_ptr is not None:
             scale, shift = frozen_vectors(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, gemm_n, cols)
             acc = affine(acc, scale, shift)
@@ -302,24 +268,9 @@ def _stem_pool_kernel(
     best = tl.zeros((BLOCK_M, BLOCK_N), dtype=y_ptr.dtype.element_ty)
     for p in tl.range(2 * first - 1, 2 * stop, disable_licm=True):
         patches = _load_patches(
-            x_ptr,
-            image,
-            p,
-            q[:, None],
-            on_map[:, None],
-            in_h,
-            in_w,
-            R,
-            S,
-            STRIDE_H,
-            STRIDE_W,
-            PAD_H,
-            PAD_W,
-            DILATION_H,
-            DILATION_W,
-            CHANNELS,
-            BLOCK_K,
-        )
+            x_ptr, image, p, q[:, None], on_map[:, None], in_h, in_w,
+            R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, CHANNELS, BLOCK_K,
+        )  # fmt: skip
         acc = _product(patches, weight, R, INPUT_PRECISION, BLOCK_M, BLOCK_N)
         valid = on_map & (p >= 0) & (p < out_h)
         acc = tl.where(valid[:, None], relu(affine(acc, scale, shift)), 0.0)
@@ -375,25 +326,12 @@ def _stem_wgrad_kernel(
         rows = row0 + tl.arange(0, BLOCK_K)
         g_valid = (rows < stop)[:, None] & (ks < gemm_m)[None, :]
         g = tl.load(g_ptr + rows.to(tl.int64)[:, None] * gemm_m + ks[None, :], mask=g_valid, other=0.0)
+        p = (rows // out_w % out_h)[:, None]
+        q = (rows % out_w)[:, None]
         patches = _load_patches(
-            x_ptr,
-            (rows // (out_h * out_w))[:, None],
-            (rows // out_w % out_h)[:, None],
-            (rows % out_w)[:, None],
-            (rows < stop)[:, None],
-            in_h,
-            in_w,
-            R,
-            S,
-            STRIDE_H,
-            STRIDE_W,
-            PAD_H,
-            PAD_W,
-            DILATION_H,
-            DILATION_W,
-            CHANNELS,
-            BLOCK_N,
-        )
+            x_ptr, (rows // (out_h * out_w))[:, None], p, q, (rows < stop)[:, None], in_h, in_w,
+            R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, CHANNELS, BLOCK_N,
+        )  # fmt: skip
         sums = ()
         for r in tl.static_range(R):
             sums = sums + (tl.dot(tl.trans(g), patches[r], slices[r], input_precision=INPUT_PRECISION),)

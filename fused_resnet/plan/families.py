@@ -40,6 +40,39 @@ _GEMM_TILES = tuple(
         (64, 64, 64, 4, 4), (128, 256, 64, 8, 3), (256, 64, 64, 8, 3), (64, 256, 64, 8, 3), (64, 64, 128, 4, 3),
     )
 )  # fmt: skip
+
+
+def _tiles(*tiles: tuple[int, ...]) -> tuple[TileConfig, ...]:
+    return tuple(TileConfig(*tile) for tile in tiles)
+
+
+# Wide tiles that read an operand once, on eight and on sixteen warps, and small ones of which two or more blocks share
+# an SM; for the input, whole depths of res2 and res3.
+_DGRAD_TILES = _tiles(
+    (64, 64, 64, 4, 4), (64, 64, 128, 4, 2), (64, 64, 256, 4, 2), (64, 128, 64, 4, 3), (128, 64, 64, 8, 2),
+    (128, 128, 64, 8, 3), (128, 128, 128, 16, 2), (128, 256, 32, 8, 4), (128, 256, 64, 16, 3),
+)  # fmt: skip
+_GRAD_TILES = {
+    "conv_dgrad": _DGRAD_TILES,
+    "conv1x1_dgrad_moments": _DGRAD_TILES,
+    "conv_wgrad": _tiles(
+        (64, 64, 64, 4, 4), (64, 128, 32, 4, 4), (128, 64, 32, 4, 4), (64, 256, 32, 8, 4), (64, 256, 32, 16, 4),
+        (128, 128, 32, 8, 4), (128, 256, 32, 8, 4), (128, 256, 32, 16, 4), (256, 128, 32, 8, 4),
+    ),
+}  # fmt: skip
+_MOMENTS_TILES = {
+    "moments": _tiles(
+        (64, 64, 64, 8, 4), (64, 64, 64, 4, 3), (64, 64, 32, 4, 4), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3),
+        (128, 128, 64, 16, 3),
+    ),
+    "cross_moments": _tiles(
+        (64, 128, 32, 8, 4), (64, 256, 64, 16, 3), (64, 256, 32, 16, 4), (128, 128, 64, 8, 3), (128, 128, 32, 8, 3),
+        (128, 128, 32, 16, 4), (128, 256, 32, 8, 4), (256, 128, 32, 8, 4),
+    ),
+}  # fmt: skip
+_MATRIX_TILES = {
+    op: _tiles((64, 32, 32, 4, 2), (32, 32, 32, 4, 2), (128, 32, 32, 8, 2), (64, 64, 32, 8, 2)) for op in MATRIX_OPS
+} | {"cross_sums": _tiles((32, 32, 0, 4, 2), (128, 32, 0, 4, 2), (256, 16, 0, 4, 2))}
 # Depths of a 7x7 kernel's rows; the gradient's have pixels last.
 _STEM_TILES = tuple(
     TileConfig(*tile)
@@ -58,15 +91,15 @@ class Family(NamedTuple):
     """What planning knows of one file of Triton kernels.
 
     ``launches``: operator -> launch function in ``kernels/<module>.py``; ``unsupported``: its limits, as a reason or
-    None; ``heuristic``: its default tile; ``tiles``: what a tuner tries beside it; ``smem``: upper estimate of a GEMM's
-    shared memory.
+    None; ``heuristic``: its default tile; ``tiles``: what a tuner tries beside it, where operators differ by operator;
+    ``smem``: upper estimate of a GEMM's shared memory.
     """
 
     module: str
     launches: dict[str, str]
     unsupported: Callable[[Problem, TileConfig | None, Device], str | None]
     heuristic: Callable[[Problem, Device], TileConfig]
-    tiles: tuple[TileConfig, ...] = _GEMM_TILES
+    tiles: tuple[TileConfig, ...] | dict[str, tuple[TileConfig, ...]] = _GEMM_TILES
     smem: Callable[[Problem, TileConfig], int] = gemm_smem
 
 
@@ -104,6 +137,7 @@ FAMILIES = (
         },
         conv1x1_grad_unsupported,
         conv1x1_grad_heuristic,
+        _GRAD_TILES,
     ),
     Family(
         "conv3x3",
@@ -119,9 +153,17 @@ FAMILIES = (
     ),
     Family(
         "moments",
-        {op: f"launch_{op}" for op in sorted(PRODUCT_OPS | MATRIX_OPS | {"cross_sums"})},
+        {op: f"launch_{op}" for op in sorted(PRODUCT_OPS)},
         moments_unsupported,
         moments_heuristic,
+        _MOMENTS_TILES,
+    ),
+    Family(
+        "moments_matrices",
+        {op: f"launch_{op}" for op in sorted(_MATRIX_TILES)},
+        moments_unsupported,
+        moments_heuristic,
+        _MATRIX_TILES,
     ),
     Family(
         "bn",
@@ -208,5 +250,6 @@ def candidates(problem: Problem, device: Device) -> list[TileConfig]:
         if problem.op in family.launches and family.unsupported(problem, None, device) is None:
             first = family.heuristic(problem, device)
             splits = [replace(first, split_k=split) for split in (1, first.split_k // 2) if 0 < split < first.split_k]
-            tiles |= dict.fromkeys((first, *splits, *family.tiles))
+            own = family.tiles if isinstance(family.tiles, tuple) else family.tiles[problem.op]
+            tiles |= dict.fromkeys((first, *splits, *own))
     return [tile for tile in tiles if unsupported(problem, tile, device) is None]

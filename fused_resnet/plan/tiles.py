@@ -24,7 +24,7 @@ def _accumulators(problem: Problem) -> int:
     """
     if problem.op in MATRIX_OPS:
         return 4
-    return 2 if problem.epilogue == "join_downsample" or problem.op in PRODUCT_OPS else 1
+    return 2 if problem.epilogue == "join_downsample" or problem.op == "moments" else 1
 
 
 def gemm_smem(problem: Problem, config: TileConfig) -> int:
@@ -42,6 +42,10 @@ def gemm_smem(problem: Problem, config: TileConfig) -> int:
         copies = config.num_stages + (problem.dtype == "float32")
         operands = copies * (config.block_m + config.block_n) * config.block_k * ITEMSIZE[problem.dtype]
         return max(operands, config.block_m * config.block_n * 4) + 6144
+    if problem.op == "conv1x1_dgrad_moments" and resident_weights(problem, config):
+        # Two operands and two weights; the operand whose ReLU bits are applied is written back for the tensor cores.
+        rows = config.block_n + config.num_stages * config.block_m
+        return rows * (config.block_k + config.block_n) * ITEMSIZE[problem.dtype] + 2048
     plain = (problem.r, problem.s, problem.stride) == (1, 1, (1, 1))
     deferred = problem.prologue if problem.op == "conv_dgrad" else plain and problem.op == "conv_wgrad"
     rows = config.block_m * (2 if deferred else 1) + config.block_n
@@ -50,6 +54,11 @@ def gemm_smem(problem: Problem, config: TileConfig) -> int:
         # One step: the pipeline runs over tiles, with their epilogues in it.
         stages += config.block_m * config.block_n * ITEMSIZE[problem.dtype]
     return max(stages, config.block_m * config.block_n * 4) + 2048
+
+
+def resident_weights(problem: Problem, config: TileConfig) -> bool:
+    """Whether an input gradient from moments keeps its weights in shared memory: they are one tile."""
+    return problem.prologue and problem.c <= config.block_n and problem.k <= config.block_k
 
 
 def _gemm_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
@@ -127,8 +136,10 @@ def conv1x1_grad_heuristic(problem: Problem, device: Device) -> TileConfig:
     For the input, 64 pixels by 64 columns on four warps: prologue and sums take about 100 registers, so that three such
     blocks share an SM on sm90 and hide each other's latency, where one of eight warps would stand alone (sm100
     multiplies 128 pixels at a time, on eight warps). Where that would read and rebuild a deep gradient again for more
-    columns, 128 x 128 on eight warps reads it once: not on sm80, where it spills. For many columns of many pixels, a
-    gradient of up to 128 channels is one step, rebuilt once.
+    columns, 128 x 128 on eight warps reads it once, and 128 x 256 fewer times where no sums take registers: not on
+    sm80, where they spill. For many columns of many pixels, a gradient of up to 128 channels is one step, rebuilt once;
+    of up to 64, for 128 pixels at a time, since every tile of pixels reads the weight again. From moments of up to 64
+    channels, both weights stay in shared memory.
     """
     if problem.op == "conv_wgrad":
         return _conv1x1_wgrad_heuristic(problem, device)
@@ -140,10 +151,17 @@ def conv1x1_grad_heuristic(problem: Problem, device: Device) -> TileConfig:
     def programs(block_m: int, block_n: int) -> int:
         return -(-problem.gemm_m // (rows if sums else block_m)) * -(-columns // block_n)
 
+    if moments and sums and columns <= 64 and problem.k <= 256 and device.arch == 90 and not full:
+        return TileConfig(64, max(16, next_power_of_two(columns)), max(16, next_power_of_two(problem.k)), 4, 2)
     block_m, block_n, num_warps = (64, 64, 8) if full else (128, 64, 8) if device.arch >= 100 else (64, 64, 4)
     whole = not (full or moments or sums) and depth <= 128 and columns > 64 and problem.gemm_m >= 512 * block_m
+    wide = device.arch == 90 and columns > 128 and not (full or sums or whole)
+    if wide and programs(128, 256) >= device.sm_count:
+        return _deepest(problem, TileConfig(128, 256, 32, 8, 4), device.smem_bytes)
     if device.arch >= 90 and columns > 64 and not (full or whole) and programs(128, 128) >= device.sm_count:
         block_m, block_n, num_warps = 128, 128, 8
+    if device.arch == 90 and whole and depth <= 64:
+        block_m, num_warps = 128, 8
     if programs(block_m, block_n) < device.sm_count:
         block_n = 32
     block_m = min(block_m, max(16, next_power_of_two(problem.gemm_m)))
@@ -156,7 +174,8 @@ def conv1x1_grad_heuristic(problem: Problem, device: Device) -> TileConfig:
         stages = 3 if device.arch >= 100 else 2
         return _deepest(problem, TileConfig(block_m, block_n, block_k, num_warps, stages), device.smem_bytes)
     blocks = 1 if num_warps == 8 else 3 if device.arch == 90 else 2
-    stages = 4 if device.arch >= 90 else 3
+    # Bits of a mask are loaded a step ahead, into the last registers of a wide tile with sums.
+    stages = 3 if device.arch < 90 or (moments and sums and block_n > 64) else 4
     return _deepest(problem, TileConfig(block_m, block_n, block_k, num_warps, stages), device.smem_bytes // blocks)
 
 
@@ -264,8 +283,8 @@ def moments_unsupported(problem: Problem, config: TileConfig | None, device: Dev
         return f"stride {problem.stride}: one for both directions"
     if problem.op == "cross_sums":
         return elementwise_unsupported(problem, config, device)
-    if problem.op in PRODUCT_OPS and config is not None and config.block_k > 64:
-        return f"block_k {config.block_k}: tensor cores truncate sums, which costs moments too much beyond 64 pixels"
+    if problem.op == "moments" and config is not None and config.block_k > 64:
+        return f"block_k {config.block_k}: tensor cores truncate sums, which costs a variance too much beyond 64 pixels"
     return _gemm_unsupported(problem, config, device)
 
 
@@ -273,25 +292,28 @@ def moments_heuristic(problem: Problem, device: Device) -> TileConfig:
     """Tiles for moments (channels by channels, pixels) and for what is made of them (input by output channels, depth).
 
     Up to 128 channels are one tile, so that every pixel is loaded and normalised once, and a gradient, wider than the
-    input by far, is read from memory once. 64 pixels a step amortise its synchronisations; 32 where registers hold no
-    more: beside 128 x 128 values of a deferred input, or of two operands in them (mma.sync). Products of small matrices
-    wait for memory, not for arithmetic: few steps, many programs.
+    input by far, is read from memory once. On sm90, 64 channels by all columns of a res2 on sixteen warps read either
+    operand once, and deep ones take 256 x 128. 64 pixels a step amortise its synchronisations; 32 where registers hold
+    no more. Products of small matrices wait for memory, not for arithmetic: few steps, many programs.
     """
     full, mma_sync = problem.dtype == "float32", device.arch < 90
     if problem.op == "cross_sums":
-        return TileConfig(32, 32, num_warps=4, num_stages=2)
+        return TileConfig(128, 32, num_warps=4, num_stages=2)
     if problem.op in MATRIX_OPS:
-        finalize = problem.op == "moments_finalize"
-        if mma_sync or (finalize and problem.c <= 64):
-            return TileConfig(64, 32, 16, 4, 2)
-        return TileConfig(128, 32, 32, 8, 2) if finalize else TileConfig(64, 32, 32, 4, 2)
+        return TileConfig(64, 32, 16 if mma_sync else 32, 4, 2)
     if full:
         return TileConfig(64, 64, 16 if mma_sync else 32, 4, 2)
     block_m = min(128, max(64, next_power_of_two(problem.c)))
-    if problem.op == "moments" and block_m == 64:
-        return TileConfig(64, 64, 64, 8, 4)
-    shallow = mma_sync or (block_m == 128 and problem.prologue)
-    return TileConfig(block_m, 128, 32 if shallow else 64, 8, 3)
+    if problem.op == "moments":
+        if block_m == 64:
+            return TileConfig(64, 64, 64, 4, 3) if device.arch == 90 else TileConfig(64, 64, 64, 8, 4)
+        block_k = 32 if mma_sync else 64
+        return TileConfig(128, 128, block_k // 2 if problem.c > 128 and problem.prologue else block_k, 8, 3)
+    if device.arch == 90 and problem.k > 128 and problem.c <= 64:
+        return TileConfig(64, 256, 64, 16, 3)
+    if device.arch == 90 and problem.c > 128:
+        return TileConfig(256, 128, 32, 8, 4)
+    return TileConfig(block_m, 128, 32 if mma_sync else 64, 8, 3)
 
 
 def _slice_depth(problem: Problem) -> int:
