@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from . import plan as planning
@@ -298,12 +299,13 @@ def chain_backward(
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
-    """Identity whose backward raises. torch's once_differentiable stays silent when the incoming gradient needs no
-    gradient itself (`out.sum()`), and a gradient penalty would then be wrong without a word."""
+    """Identity of the last `count` tensors whose backward raises. torch's once_differentiable stays silent when the
+    incoming gradient needs no gradient itself (`out.sum()`), and a gradient penalty would then be wrong without a word.
+    The tensors in front are those that the gradients were made of: only what they lead to is differentiated."""
 
     @staticmethod
-    def forward(ctx, anchor, *gradients):
-        return gradients
+    def forward(ctx, count, *tensors):
+        return tensors[-count:]
 
     @staticmethod
     def backward(ctx, *_):
@@ -314,16 +316,18 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
 
 def _first_order(backward):
-    """Run a Function's backward without recording it, and refuse to be differentiated again."""
+    """Run a Function's backward, of (ctx, gradient, saved tensors), without recording it, and refuse to be
+    differentiated again."""
 
     def run(ctx, grad):
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            gradients = backward(ctx, grad)
+            gradients = backward(ctx, grad, saved)
         if not torch.is_grad_enabled():
             return gradients
         present = [g for g in gradients if g is not None]
-        anchor = grad.new_zeros((), requires_grad=True)
-        refused = iter(_RefuseSecondDerivative.apply(anchor, *present))
+        anchor = grad.new_zeros((), requires_grad=True)  # gamma and beta are not saved, but lead there, too
+        refused = iter(_RefuseSecondDerivative.apply(len(present), anchor, grad, *saved, *present))
         return tuple(None if g is None else next(refused) for g in gradients)
 
     return run
@@ -345,9 +349,9 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     @_first_order
-    def backward(ctx, dout):
+    def backward(ctx, dout, saved_tensors):
         need_x, need_residual, _, _, _, *need = ctx.needs_input_grad
-        saved = Saved.from_tensors(ctx.saved_tensors, len(ctx.units))
+        saved = Saved.from_tensors(saved_tensors, len(ctx.units))
         want = [need[i : i + 3] for i in range(0, len(need), 3)]
         dx, dresidual, gradients = chain_backward(
             channels_last(dout), saved, ctx.units, ctx.shortcut, ctx.options, need_x, want
@@ -373,8 +377,8 @@ class _Stem(torch.autograd.Function):
 
     @staticmethod
     @_first_order
-    def backward(ctx, dy):
-        x, w, c, bn, index = ctx.saved_tensors
+    def backward(ctx, dy, saved_tensors):
+        x, w, c, bn, index = saved_tensors
         unit, impl, (need_x, _, _, *need) = ctx.unit, ctx.impl, ctx.needs_input_grad
         g, sums = _op.bn_act_pool_backward(channels_last(dy), index, c, bn, impl)
         coef, dgamma, dbeta = _backward_finalize(unit, sums, bn, impl)
@@ -462,6 +466,13 @@ def _wants_gradients(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def is_transformed() -> bool:
+    """Whether torch.func, forward-mode differentiation or torch.jit.trace looks on. The fused operators have no rules
+    for them, and would drop a tangent without a word."""
+    functional = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return functional or torch.jit.is_tracing()
+
+
 def _scheme(units: Sequence[ConvBN], shortcut: ConvBN | None, options: Options, dtype: torch.dtype) -> str:
     """ "moments" where it is possible and saves memory traffic, unless the caller or a measurement asks for a scheme.
 
@@ -491,12 +502,21 @@ def run_chain(
     """Pick the path for a checked chain: inference, training, or the library's operators."""
     everyone = [*units, shortcut] if shortcut is not None else units
     if x.shape[0] == 0:
-        # No image changes no statistics. The library's operators give the empty result and zero gradients.
-        shortcut = None if shortcut is None else _without_buffers(shortcut)
-        return _chain_library(x, residual, [_without_buffers(u) for u in units], shortcut, options)
+        if not any(unit.sync for unit in everyone):
+            # No image changes no statistics. The library's operators give the empty result and zero gradients.
+            shortcut = None if shortcut is None else _without_buffers(shortcut)
+            return _chain_library(x, residual, [_without_buffers(u) for u in units], shortcut, options)
+        options = options._replace(impl="reference")  # the other processes wait for this one's counts: of nothing
     parameters = [p for unit in everyone for p in (unit.w, unit.gamma, unit.beta)]
     training = _wants_gradients((x, residual, *parameters)) or any(unit.batch_stats for unit in everyone)
     chained = any(unit.batch_stats and (unit.sync or unit.momentum is None) for unit in everyone)
+    if is_transformed():
+        if chained or options.impl != "auto":
+            raise planning.Unsupported(
+                "the fused operators have no rules for torch.func, forward-mode differentiation and torch.jit.trace: "
+                'use impl="auto" and BatchNorms with a momentum and without sync, or fused_resnet.unfuse'
+            )
+        return _chain_library(x, residual, units, shortcut, options)
     if not chained:
         side = "projection" if shortcut is not None else "identity" if options.identity else "none"
         kind = f"{'training' if training else 'inference'} {side if residual is None else 'residual'}"
@@ -511,6 +531,8 @@ def run_chain(
     if not training:
         return _chain_inference(x, residual, units, shortcut, options)
     options = options._replace(scheme=_scheme(units, shortcut, options, x.dtype))
+    if residual is not None and not options.relu:  # a sum that nothing follows keeps no mask
+        return _Chain.apply(x, None, units, shortcut, options, *parameters) + residual
     return _Chain.apply(x, residual, units, shortcut, options, *parameters)
 
 
@@ -518,7 +540,7 @@ def run_stem(x: Tensor, unit: ConvBN, impl: str) -> Tensor:
     """Pick the path for a checked stem: max_pool(relu(BN(conv(x))), 3, stride 2, padding 1)."""
     options = Options(identity=False, relu=True, scheme="stored", impl=impl)
     parameters = unit.w, unit.gamma, unit.beta
-    if x.shape[0] == 0:
+    if x.shape[0] == 0 or is_transformed():
         return F.max_pool2d(run_chain(x, None, [unit], None, options), 3, 2, 1)
     training = unit.batch_stats or _wants_gradients((x, *parameters))
     fused = unit.batch_stats and (unit.sync or unit.momentum is None)

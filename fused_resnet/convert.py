@@ -13,7 +13,7 @@ from functools import lru_cache
 from torch import Tensor, nn
 
 from . import functional
-from .modules import FusedBlock, FusedConvBNAct, conv_bn, conv_bn_reason, forward_stage, forward_stem
+from .modules import FusedBlock, FusedConvBNAct, check_module, conv_bn, conv_bn_reason, forward_stage, forward_stem
 
 
 class _Swapped:
@@ -23,7 +23,7 @@ class _Swapped:
 
     def __reduce_ex__(self, protocol):
         # Made on the fly, the class has no name to be found by: rebuild it from the original, for pickle and deepcopy.
-        return _blank, (self.ORIGINAL,), self.__dict__
+        return _blank, (self.ORIGINAL,), self.__getstate__()
 
 
 def _blank(original: type[nn.Module]) -> nn.Module:
@@ -57,7 +57,8 @@ def conv_bn_runs(children: list[nn.Module]) -> list[tuple[int, int]]:
 class _FusedSequential(nn.Module):
     """A Sequential that runs each of its `conv_bn_runs` as one operator, and calls its other children."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # the original's name for it
+        x = input
         children = list(self._modules.values())
         runs, i = dict(conv_bn_runs(children)), 0
         while i < len(children):
@@ -111,12 +112,12 @@ def fuse(model: nn.Module) -> nn.Module:
     What is known: torchvision's and timm's BasicBlock and Bottleneck (exactly these classes: a subclass may compute
     something else), torchvision's ResNet for its stem, Sequentials with Conv2d, BatchNorm2d(, ReLU) in a row, and this
     package's own modules after `unfuse`. Anything else stays as it is. Parameters and buffers are shared with the
-    model as it was, state_dict keys and outputs do not change. `explain` says what runs fused and what does not.
+    model as it was, state_dict keys and outputs do not change. `explain` says what runs fused and what does not. Fuse
+    before fully_shard, which changes classes, too; before or after DistributedDataParallel and torch.compile.
 
     Raises TypeError if `model` is not an nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     for module in list(model.modules()):
         if _native(module):
             module.__dict__.pop("fused", None)
@@ -135,10 +136,17 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Undo `fuse` in place and return the model: original classes, the same parameters, buffers and outputs.
 
     This package's own modules keep their class and run their children one by one until `fuse` is called.
-    Raises TypeError if `model` is not an nn.Module.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+        ValueError: the class of a module was derived from a fused one since (fully_shard does so); nothing is changed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
+    for name, module in model.named_modules():
+        if isinstance(module, _Swapped) and type(module) is not _fused_class(module.ORIGINAL):
+            raise ValueError(
+                f"model: {name or 'it'} has become a {type(module).__name__} since it was fused; undo that first"
+            )
     for module in model.modules():
         if isinstance(module, _Swapped):
             module.__class__ = module.ORIGINAL

@@ -535,6 +535,7 @@ def tune(
         TypeError, ValueError: an argument that does not fit, named; a model in which nothing is fused.
         RuntimeError: no CUDA device; in a distributed job, whose ranks would disturb one another; no folder to write.
     """
+    modules.check_module(model)
     if not isinstance(example, Tensor):
         raise TypeError(f"example: expected a tensor, got {type(example).__name__}")
     if not budget > 0:
