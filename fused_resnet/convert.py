@@ -13,7 +13,7 @@ from functools import lru_cache
 from torch import Tensor, nn
 
 from . import functional
-from .modules import FusedBlock, FusedConvBNAct, check_module, conv_bn, conv_bn_reason, forward_stage, forward_stem
+from .modules import FusedBlock, FusedForward, Switchable, check_module, conv_bn, conv_bn_reason
 
 
 class _Swapped:
@@ -29,16 +29,6 @@ class _Swapped:
 def _blank(original: type[nn.Module]) -> nn.Module:
     fused = _fused_class(original)
     return fused.__new__(fused)
-
-
-class _FusedStemResNet(nn.Module):
-    """torchvision's ResNet with its stem as one operator, and stages that may take a batch in parts."""
-
-    def _forward_impl(self, x: Tensor) -> Tensor:
-        x = forward_stem(self.conv1, self.bn1, self.relu, self.maxpool, x)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = forward_stage(stage, x)
-        return self.fc(self.avgpool(x).flatten(1))
 
 
 def conv_bn_runs(children: list[nn.Module]) -> list[tuple[int, int]]:
@@ -86,7 +76,7 @@ _KNOWN: dict[tuple[str, str], tuple[type, tuple]] = {
         FusedBlock,
         tuple((*pair, f"act{i}") for i, pair in enumerate(_BOTTLENECK, 1)),
     ),
-    ("torchvision.models.resnet", "ResNet"): (_FusedStemResNet, ()),
+    ("torchvision.models.resnet", "ResNet"): (FusedForward, ()),
     ("torchvision.ops.misc", "Conv2dNormActivation"): (_FusedSequential, ()),
     ("torch.nn.modules.container", "Sequential"): (_FusedSequential, ()),
 }
@@ -103,7 +93,7 @@ def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
 
 def _native(module: nn.Module) -> bool:
     """A module that this package's constructors made fused: it is switched by its flag."""
-    return isinstance(module, (FusedBlock, FusedConvBNAct)) and not isinstance(module, _Swapped)
+    return isinstance(module, Switchable) and not isinstance(module, _Swapped)
 
 
 def fuse(model: nn.Module) -> nn.Module:

@@ -95,12 +95,17 @@ def conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBN:
     )
 
 
-class FusedBlock(nn.Module):
+class Switchable(nn.Module):
+    """A module of this package that `unfuse` switches off and `fuse` on again."""
+
+    fused: bool = True
+
+
+class FusedBlock(Switchable):
     """What the residual blocks share: `LAYERS` names the (convolution, BatchNorm, activation) children in order; any
     other child than `downsample` must be an identity for the block to be fused."""
 
     LAYERS: tuple[tuple[str, str, str], ...] = ()
-    fused: bool = True
     identity: bool = True  # whether a block without `downsample` adds its input
 
     def unfused_reason(self) -> str | None:
@@ -283,7 +288,7 @@ class FusedBottleneck(FusedBlock):
         self.stride = stride
 
 
-class FusedConvBNAct(nn.Module):
+class FusedConvBNAct(Switchable):
     """relu?(BN(conv(x)) + residual) with children `conv`, `bn`, `act`.
 
     Args:
@@ -292,8 +297,6 @@ class FusedConvBNAct(nn.Module):
         act: False for no ReLU.
         norm_layer: default nn.BatchNorm2d.
     """
-
-    fused: bool = True
 
     def __init__(
         self,
@@ -392,3 +395,19 @@ def forward_stem(conv: nn.Module, bn: nn.Module, relu: nn.Module, pool: nn.Modul
     if stem_reason(conv, bn, relu, pool) is None:
         return functional.stem(x, conv_bn(conv, bn))
     return pool(relu(bn(conv(x))))
+
+
+class FusedForward(Switchable):
+    """torchvision's forward of a ResNet with its stem as one operator, and stages that may take a batch in parts."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        stem = self.conv1, self.bn1, self.relu, self.maxpool
+        stages = self.layer1, self.layer2, self.layer3, self.layer4
+        if self.fused:
+            x = forward_stem(*stem, x)
+            for stage in stages:
+                x = forward_stage(stage, x)
+        else:
+            for module in (*stem, *stages):
+                x = module(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))

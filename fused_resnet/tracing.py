@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class LayerTracker:
         self._unfused: list[str] = []
         self._labelled: set = set()
         self._on_leaf = on_leaf
+        self._thread = get_ident()  # the hooks fire in others, too
 
     @property
     def layer(self) -> str:
@@ -40,6 +42,8 @@ class LayerTracker:
             node.register_prehook(lambda _: self._stack.__setitem__(slice(None), [name]))
 
     def _enter(self, module: nn.Module, inputs: tuple) -> None:
+        if get_ident() != self._thread:
+            return
         if inputs:
             self._label(inputs[0], self.layer)
         name = self._names.get(id(module), type(module).__name__)
@@ -51,6 +55,8 @@ class LayerTracker:
             self._on_leaf(name, module, inputs[0], self._unfused[-1] if self._unfused else None)
 
     def _leave(self, module: nn.Module, inputs: tuple, output: object) -> None:
+        if get_ident() != self._thread:
+            return
         self._label(output, self._stack.pop())
         if _unfused_reason(module) is not None:
             self._unfused.pop()
