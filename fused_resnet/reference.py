@@ -495,9 +495,9 @@ def conv1x1_dgrad_moments(
     """
     acc = accumulator_dtype(dout.dtype)
     g, x = _masked(dout, mask), _activation(a)[:, :, ::stride, ::stride]
-    n, _, h, w = x.shape
+    n, k, h, w = x.shape
     da = _rows(g).to(acc) @ w_g.to(acc) + _rows(x).to(acc) @ w_a.to(acc) + w_1
-    da = da.view(n, h, w, -1).permute(0, 3, 1, 2).to(dout.dtype)
+    da = da.view(n, h, w, k).permute(0, 3, 1, 2).to(dout.dtype)
     return (channels_last(da), None) if a.bn is None else bn_act_sums(da, a)
 
 
