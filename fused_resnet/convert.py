@@ -8,6 +8,7 @@ torchvision's ResNet for its stem, and plain Sequentials of Conv2d, BatchNorm2d 
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ def fuse(model: nn.Module) -> nn.Module:
     model as it was, state_dict keys and outputs do not change. `explain` says what runs fused and what does not. Fuse
     before fully_shard, which changes classes, too; before or after DistributedDataParallel and torch.compile.
 
-    Raises TypeError if `model` is not an nn.Module.
+    Raises TypeError if `model` is not an nn.Module. Warns if nothing in it is known.
     """
     check_module(model)
     for module in list(model.modules()):
@@ -119,6 +120,8 @@ def fuse(model: nn.Module) -> nn.Module:
         if known[0] is _FusedSequential and not conv_bn_runs(list(module.children())):
             continue
         module.__class__ = _fused_class(cls)
+    if not any(isinstance(module, (Switchable, _Swapped)) for module in model.modules()):
+        warnings.warn(f"fuse: nothing in this {type(model).__name__} is known; it stays as it is", stacklevel=2)
     return model
 
 

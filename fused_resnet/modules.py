@@ -164,7 +164,10 @@ class FusedBlock(Switchable):
         return act(out + x if self.identity else out)
 
     def zero_init_last(self) -> None:
-        """Zero the last BatchNorm's weight, so that the block starts as an identity (timm calls this)."""
+        """Zero the last BatchNorm's weight, so that the block starts as an identity.
+
+        timm's ResNet calls it; torchvision's, with `zero_init_residual`, knows torchvision's blocks alone.
+        """
         bn = self._modules[self.LAYERS[-1][1]]
         if getattr(bn, "weight", None) is not None:
             nn.init.zeros_(bn.weight)
