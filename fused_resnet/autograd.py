@@ -435,13 +435,19 @@ def _chain_inference(
 
 
 def _library_conv_bn(unit: ConvBN, x: Tensor) -> Tensor:
-    momentum = 0.0 if unit.momentum is None else unit.momentum
-    if unit.batch_stats and unit.num_batches_tracked is not None:
-        unit.num_batches_tracked.add_(1)
     c = F.conv2d(x, unit.w.to(x.dtype), None, *unit.geometry)
-    return F.batch_norm(
-        c, unit.running_mean, unit.running_var, unit.gamma, unit.beta, unit.batch_stats, momentum, unit.eps
-    )
+    running, counter = (unit.running_mean, unit.running_var), unit.num_batches_tracked
+    if unit.batch_stats and counter is not None:
+        counter.add_(1)
+    if unit.momentum is not None or not unit.batch_stats or unit.running_mean is None:
+        momentum = 0.0 if unit.momentum is None else unit.momentum
+        return F.batch_norm(c, *running, unit.gamma, unit.beta, unit.batch_stats, momentum, unit.eps)
+    # The library wants the cumulative average's factor as a number, and so to wait for the counter: average here.
+    batch = [torch.zeros_like(buffer) for buffer in running]
+    y = F.batch_norm(c, *batch, unit.gamma, unit.beta, True, 1.0, unit.eps)
+    for buffer, value in zip(running, batch):
+        buffer.add_((value - buffer) / counter)
+    return y
 
 
 def _chain_library(x, residual, units: Sequence[ConvBN], shortcut: ConvBN | None, options: Options) -> Tensor:
@@ -501,23 +507,23 @@ def run_chain(
 ) -> Tensor:
     """Pick the path for a checked chain: inference, training, or the library's operators."""
     everyone = [*units, shortcut] if shortcut is not None else units
+    synced = any(unit.batch_stats and unit.sync for unit in everyone)
     if x.shape[0] == 0:
-        if not any(unit.sync for unit in everyone):
+        if not synced:
             # No image changes no statistics. The library's operators give the empty result and zero gradients.
             shortcut = None if shortcut is None else _without_buffers(shortcut)
             return _chain_library(x, residual, [_without_buffers(u) for u in units], shortcut, options)
         options = options._replace(impl="reference")  # the other processes wait for this one's counts: of nothing
     parameters = [p for unit in everyone for p in (unit.w, unit.gamma, unit.beta)]
     training = _wants_gradients((x, residual, *parameters)) or any(unit.batch_stats for unit in everyone)
-    chained = any(unit.batch_stats and (unit.sync or unit.momentum is None) for unit in everyone)
     if is_transformed():
-        if chained or options.impl != "auto":
+        if synced or options.impl != "auto":
             raise planning.Unsupported(
                 "the fused operators have no rules for torch.func, forward-mode differentiation and torch.jit.trace: "
-                'use impl="auto" and BatchNorms with a momentum and without sync, or fused_resnet.unfuse'
+                'use impl="auto" and BatchNorms without sync, or fused_resnet.unfuse'
             )
         return _chain_library(x, residual, units, shortcut, options)
-    if not chained:
+    if not synced:
         side = "projection" if shortcut is not None else "identity" if options.identity else "none"
         kind = f"{'training' if training else 'inference'} {side if residual is None else 'residual'}"
         convolutions = [(unit.w, unit.geometry) for unit in units]
@@ -543,7 +549,7 @@ def run_stem(x: Tensor, unit: ConvBN, impl: str) -> Tensor:
     if x.shape[0] == 0 or is_transformed():
         return F.max_pool2d(run_chain(x, None, [unit], None, options), 3, 2, 1)
     training = unit.batch_stats or _wants_gradients((x, *parameters))
-    fused = unit.batch_stats and (unit.sync or unit.momentum is None)
+    fused = unit.batch_stats and unit.sync
     if not fused:
         kind = "training" if training else "inference"
         fused = ops.plan_block("stem", impl, x, [(unit.w, unit.geometry)], kind).backend != "library"

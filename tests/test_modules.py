@@ -163,6 +163,15 @@ class _Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_cumulative_average_needs_no_fused_operator():
+    """update_bn sets momentum=None in every BatchNorm: under "auto" this is no reason to leave the library."""
+    block, _ = _pair()
+    _each_bn(block, lambda bn: setattr(bn, "momentum", None))
+    with _Calls() as calls:
+        block(_x(block))
+    assert calls.counts["convolution"] == 3 and "conv_stats" not in calls.counts
+
+
 @pytest.mark.parametrize(
     ("frozen", "wgrad", "dgrad"),
     [((), 3, 3), (("conv1", "conv2"), 1, 2), (("conv1", "bn1", "conv2", "bn2"), 1, 0), (("conv3", "bn3"), 2, 2)],
