@@ -464,6 +464,15 @@ def _chain_library(x, residual, units: Sequence[ConvBN], shortcut: ConvBN | None
     return out.relu_() if options.relu else out
 
 
+def _packed(unit: ConvBN) -> ConvBN:
+    """The unit with parameters as kernels read them: gamma and beta without strides, w in one of the memory formats."""
+    w, gamma, beta = unit[:3]
+    if not (w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last)):
+        w = w.contiguous()
+    gamma, beta = (None if vector is None else vector.contiguous() for vector in (gamma, beta))
+    return unit._replace(w=w, gamma=gamma, beta=beta)
+
+
 def _without_buffers(unit: ConvBN) -> ConvBN:
     return unit._replace(running_mean=None, running_var=None, num_batches_tracked=None) if unit.batch_stats else unit
 
@@ -506,6 +515,7 @@ def run_chain(
     x: Tensor, residual: Tensor | None, units: list[ConvBN], shortcut: ConvBN | None, options: Options
 ) -> Tensor:
     """Pick the path for a checked chain: inference, training, or the library's operators."""
+    units, shortcut = [_packed(unit) for unit in units], None if shortcut is None else _packed(shortcut)
     everyone = [*units, shortcut] if shortcut is not None else units
     synced = any(unit.batch_stats and unit.sync for unit in everyone)
     if x.shape[0] == 0:
@@ -544,7 +554,7 @@ def run_chain(
 
 def run_stem(x: Tensor, unit: ConvBN, impl: str) -> Tensor:
     """Pick the path for a checked stem: max_pool(relu(BN(conv(x))), 3, stride 2, padding 1)."""
-    options = Options(identity=False, relu=True, scheme="stored", impl=impl)
+    options, unit = Options(identity=False, relu=True, scheme="stored", impl=impl), _packed(unit)
     parameters = unit.w, unit.gamma, unit.beta
     if x.shape[0] == 0 or is_transformed():
         return F.max_pool2d(run_chain(x, None, [unit], None, options), 3, 2, 1)

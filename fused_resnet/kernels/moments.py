@@ -29,6 +29,7 @@ from . import (
     count_batch,
     input_precision,
     on_device_of,
+    require_channels,
     require_mask,
     require_pixels,
     require_rows,
@@ -477,10 +478,7 @@ def launch_moments_finalize(gram, w, gamma, beta, running, momentum, eps, plan):
     gemm_n, gemm_k = _check_weight(w)
     _require_moments("gram", gram, gemm_k + 1, gemm_k + 1)
     running_mean, running_var = (None, None) if running is None else running[:2]
-    vectors = {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
-    for name, vector in vectors.items():
-        if vector is not None and (vector.shape != (gemm_n,) or not vector.is_contiguous()):
-            raise ValueError(f"{name} must be a contiguous [{gemm_n}]; got {tuple(vector.shape)}")
+    require_channels(gemm_n, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
     mean, var, batches = count_batch(running, momentum)
     bn = torch.empty((5, gemm_n), dtype=torch.float32, device=w.device)
     with on_device_of(w):
