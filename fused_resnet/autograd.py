@@ -32,7 +32,8 @@ class ConvBN(NamedTuple):
 
     w [K, C / groups, R, S]; gamma, beta [K] or None. `running_mean`, `running_var` [K] are read if `batch_stats` is
     False (and constant in backward), and updated in place if it is True; None: not tracked. These vectors have the
-    dtype of the activations, or float32 beside 16 bit. `momentum=None` is the cumulative average. `sync`: name of the process group over which statistics are shared, "" for none.
+    dtype of the activations, or float32 beside 16 bit. `momentum=None` is the cumulative average. `sync`: name of the
+    process group over which statistics are shared, "" for none.
     """
 
     w: Tensor
