@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from . import plan as planning
@@ -30,8 +31,9 @@ class ConvBN(NamedTuple):
     """A convolution without bias and the BatchNorm behind it: one unit of a residual block.
 
     w [K, C / groups, R, S]; gamma, beta [K] or None. `running_mean`, `running_var` [K] are read if `batch_stats` is
-    False (and constant in backward), and updated in place if it is True; None: not tracked. `momentum=None` is the
-    cumulative average. `sync`: name of the process group over which statistics are shared, "" for none.
+    False (and constant in backward), and updated in place if it is True; None: not tracked. These vectors have the
+    dtype of the activations, or float32 beside 16 bit. `momentum=None` is the cumulative average. `sync`: name of the
+    process group over which statistics are shared, "" for none.
     """
 
     w: Tensor
@@ -298,12 +300,13 @@ def chain_backward(
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
-    """Identity whose backward raises. torch's once_differentiable stays silent when the incoming gradient needs no
-    gradient itself (`out.sum()`), and a gradient penalty would then be wrong without a word."""
+    """Identity of the last `count` tensors whose backward raises. torch's once_differentiable stays silent when the
+    incoming gradient needs no gradient itself (`out.sum()`), and a gradient penalty would then be wrong without a word.
+    The tensors in front are those that the gradients were made of: only what they lead to is differentiated."""
 
     @staticmethod
-    def forward(ctx, anchor, *gradients):
-        return gradients
+    def forward(ctx, count, *tensors):
+        return tensors[-count:]
 
     @staticmethod
     def backward(ctx, *_):
@@ -314,16 +317,18 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
 
 def _first_order(backward):
-    """Run a Function's backward without recording it, and refuse to be differentiated again."""
+    """Run a Function's backward, of (ctx, gradient, saved tensors), without recording it, and refuse to be
+    differentiated again."""
 
     def run(ctx, grad):
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            gradients = backward(ctx, grad)
+            gradients = backward(ctx, grad, saved)
         if not torch.is_grad_enabled():
             return gradients
         present = [g for g in gradients if g is not None]
-        anchor = grad.new_zeros((), requires_grad=True)
-        refused = iter(_RefuseSecondDerivative.apply(anchor, *present))
+        anchor = grad.new_zeros((), requires_grad=True)  # gamma and beta are not saved, but lead there, too
+        refused = iter(_RefuseSecondDerivative.apply(len(present), anchor, grad, *saved, *present))
         return tuple(None if g is None else next(refused) for g in gradients)
 
     return run
@@ -345,9 +350,9 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     @_first_order
-    def backward(ctx, dout):
+    def backward(ctx, dout, saved_tensors):
         need_x, need_residual, _, _, _, *need = ctx.needs_input_grad
-        saved = Saved.from_tensors(ctx.saved_tensors, len(ctx.units))
+        saved = Saved.from_tensors(saved_tensors, len(ctx.units))
         want = [need[i : i + 3] for i in range(0, len(need), 3)]
         dx, dresidual, gradients = chain_backward(
             channels_last(dout), saved, ctx.units, ctx.shortcut, ctx.options, need_x, want
@@ -373,8 +378,8 @@ class _Stem(torch.autograd.Function):
 
     @staticmethod
     @_first_order
-    def backward(ctx, dy):
-        x, w, c, bn, index = ctx.saved_tensors
+    def backward(ctx, dy, saved_tensors):
+        x, w, c, bn, index = saved_tensors
         unit, impl, (need_x, _, _, *need) = ctx.unit, ctx.impl, ctx.needs_input_grad
         g, sums = _op.bn_act_pool_backward(channels_last(dy), index, c, bn, impl)
         coef, dgamma, dbeta = _backward_finalize(unit, sums, bn, impl)
@@ -431,13 +436,19 @@ def _chain_inference(
 
 
 def _library_conv_bn(unit: ConvBN, x: Tensor) -> Tensor:
-    momentum = 0.0 if unit.momentum is None else unit.momentum
-    if unit.batch_stats and unit.num_batches_tracked is not None:
-        unit.num_batches_tracked.add_(1)
     c = F.conv2d(x, unit.w.to(x.dtype), None, *unit.geometry)
-    return F.batch_norm(
-        c, unit.running_mean, unit.running_var, unit.gamma, unit.beta, unit.batch_stats, momentum, unit.eps
-    )
+    running, counter = (unit.running_mean, unit.running_var), unit.num_batches_tracked
+    if unit.batch_stats and counter is not None:
+        counter.add_(1)
+    if unit.momentum is not None or not unit.batch_stats or unit.running_mean is None:
+        momentum = 0.0 if unit.momentum is None else unit.momentum
+        return F.batch_norm(c, *running, unit.gamma, unit.beta, unit.batch_stats, momentum, unit.eps)
+    # The library wants the cumulative average's factor as a number, and so to wait for the counter: average here.
+    batch = [torch.zeros_like(buffer) for buffer in running]
+    y = F.batch_norm(c, *batch, unit.gamma, unit.beta, True, 1.0, unit.eps)
+    for buffer, value in zip(running, batch):
+        buffer.add_((value - buffer) / counter)
+    return y
 
 
 def _chain_library(x, residual, units: Sequence[ConvBN], shortcut: ConvBN | None, options: Options) -> Tensor:
@@ -454,12 +465,28 @@ def _chain_library(x, residual, units: Sequence[ConvBN], shortcut: ConvBN | None
     return out.relu_() if options.relu else out
 
 
+def _packed(unit: ConvBN) -> ConvBN:
+    """The unit with parameters as kernels read them: gamma and beta without strides, w in one of the memory formats."""
+    w, gamma, beta = unit[:3]
+    if not (w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last)):
+        w = w.contiguous()
+    gamma, beta = (None if vector is None else vector.contiguous() for vector in (gamma, beta))
+    return unit._replace(w=w, gamma=gamma, beta=beta)
+
+
 def _without_buffers(unit: ConvBN) -> ConvBN:
     return unit._replace(running_mean=None, running_var=None, num_batches_tracked=None) if unit.batch_stats else unit
 
 
 def _wants_gradients(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func, forward-mode differentiation or torch.jit.trace looks on. The fused operators have no rules
+    for them, and would drop a tangent without a word."""
+    functional = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return functional or torch.jit.is_tracing()
 
 
 def _scheme(units: Sequence[ConvBN], shortcut: ConvBN | None, options: Options, dtype: torch.dtype) -> str:
@@ -489,15 +516,25 @@ def run_chain(
     x: Tensor, residual: Tensor | None, units: list[ConvBN], shortcut: ConvBN | None, options: Options
 ) -> Tensor:
     """Pick the path for a checked chain: inference, training, or the library's operators."""
+    units, shortcut = [_packed(unit) for unit in units], None if shortcut is None else _packed(shortcut)
     everyone = [*units, shortcut] if shortcut is not None else units
+    synced = any(unit.batch_stats and unit.sync for unit in everyone)
     if x.shape[0] == 0:
-        # No image changes no statistics. The library's operators give the empty result and zero gradients.
-        shortcut = None if shortcut is None else _without_buffers(shortcut)
-        return _chain_library(x, residual, [_without_buffers(u) for u in units], shortcut, options)
+        if not synced:
+            # No image changes no statistics. The library's operators give the empty result and zero gradients.
+            shortcut = None if shortcut is None else _without_buffers(shortcut)
+            return _chain_library(x, residual, [_without_buffers(u) for u in units], shortcut, options)
+        options = options._replace(impl="reference")  # the other processes wait for this one's counts: of nothing
     parameters = [p for unit in everyone for p in (unit.w, unit.gamma, unit.beta)]
     training = _wants_gradients((x, residual, *parameters)) or any(unit.batch_stats for unit in everyone)
-    chained = any(unit.batch_stats and (unit.sync or unit.momentum is None) for unit in everyone)
-    if not chained:
+    if is_transformed():
+        if synced or options.impl != "auto":
+            raise planning.Unsupported(
+                "the fused operators have no rules for torch.func, forward-mode differentiation and torch.jit.trace: "
+                'use impl="auto" and BatchNorms without sync, or fused_resnet.unfuse'
+            )
+        return _chain_library(x, residual, units, shortcut, options)
+    if not synced:
         side = "projection" if shortcut is not None else "identity" if options.identity else "none"
         kind = f"{'training' if training else 'inference'} {side if residual is None else 'residual'}"
         convolutions = [(unit.w, unit.geometry) for unit in units]
@@ -511,17 +548,19 @@ def run_chain(
     if not training:
         return _chain_inference(x, residual, units, shortcut, options)
     options = options._replace(scheme=_scheme(units, shortcut, options, x.dtype))
+    if residual is not None and not options.relu:  # a sum that nothing follows keeps no mask
+        return _Chain.apply(x, None, units, shortcut, options, *parameters) + residual
     return _Chain.apply(x, residual, units, shortcut, options, *parameters)
 
 
 def run_stem(x: Tensor, unit: ConvBN, impl: str) -> Tensor:
     """Pick the path for a checked stem: max_pool(relu(BN(conv(x))), 3, stride 2, padding 1)."""
-    options = Options(identity=False, relu=True, scheme="stored", impl=impl)
+    options, unit = Options(identity=False, relu=True, scheme="stored", impl=impl), _packed(unit)
     parameters = unit.w, unit.gamma, unit.beta
-    if x.shape[0] == 0:
+    if x.shape[0] == 0 or is_transformed():
         return F.max_pool2d(run_chain(x, None, [unit], None, options), 3, 2, 1)
     training = unit.batch_stats or _wants_gradients((x, *parameters))
-    fused = unit.batch_stats and (unit.sync or unit.momentum is None)
+    fused = unit.batch_stats and unit.sync
     if not fused:
         kind = "training" if training else "inference"
         fused = ops.plan_block("stem", impl, x, [(unit.w, unit.geometry)], kind).backend != "library"

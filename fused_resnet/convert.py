@@ -8,12 +8,13 @@ torchvision's ResNet for its stem, and plain Sequentials of Conv2d, BatchNorm2d 
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 
 from torch import Tensor, nn
 
 from . import functional
-from .modules import FusedBlock, FusedConvBNAct, conv_bn, conv_bn_reason, forward_stage, forward_stem
+from .modules import FusedBlock, FusedForward, Switchable, check_module, conv_bn, conv_bn_reason
 
 
 class _Swapped:
@@ -23,22 +24,12 @@ class _Swapped:
 
     def __reduce_ex__(self, protocol):
         # Made on the fly, the class has no name to be found by: rebuild it from the original, for pickle and deepcopy.
-        return _blank, (self.ORIGINAL,), self.__dict__
+        return _blank, (self.ORIGINAL,), self.__getstate__()
 
 
 def _blank(original: type[nn.Module]) -> nn.Module:
     fused = _fused_class(original)
     return fused.__new__(fused)
-
-
-class _FusedStemResNet(nn.Module):
-    """torchvision's ResNet with its stem as one operator, and stages that may take a batch in parts."""
-
-    def _forward_impl(self, x: Tensor) -> Tensor:
-        x = forward_stem(self.conv1, self.bn1, self.relu, self.maxpool, x)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = forward_stage(stage, x)
-        return self.fc(self.avgpool(x).flatten(1))
 
 
 def conv_bn_runs(children: list[nn.Module]) -> list[tuple[int, int]]:
@@ -57,7 +48,8 @@ def conv_bn_runs(children: list[nn.Module]) -> list[tuple[int, int]]:
 class _FusedSequential(nn.Module):
     """A Sequential that runs each of its `conv_bn_runs` as one operator, and calls its other children."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # the original's name for it
+        x = input
         children = list(self._modules.values())
         runs, i = dict(conv_bn_runs(children)), 0
         while i < len(children):
@@ -85,7 +77,7 @@ _KNOWN: dict[tuple[str, str], tuple[type, tuple]] = {
         FusedBlock,
         tuple((*pair, f"act{i}") for i, pair in enumerate(_BOTTLENECK, 1)),
     ),
-    ("torchvision.models.resnet", "ResNet"): (_FusedStemResNet, ()),
+    ("torchvision.models.resnet", "ResNet"): (FusedForward, ()),
     ("torchvision.ops.misc", "Conv2dNormActivation"): (_FusedSequential, ()),
     ("torch.nn.modules.container", "Sequential"): (_FusedSequential, ()),
 }
@@ -102,7 +94,7 @@ def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
 
 def _native(module: nn.Module) -> bool:
     """A module that this package's constructors made fused: it is switched by its flag."""
-    return isinstance(module, (FusedBlock, FusedConvBNAct)) and not isinstance(module, _Swapped)
+    return isinstance(module, Switchable) and not isinstance(module, _Swapped)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -111,12 +103,12 @@ def fuse(model: nn.Module) -> nn.Module:
     What is known: torchvision's and timm's BasicBlock and Bottleneck (exactly these classes: a subclass may compute
     something else), torchvision's ResNet for its stem, Sequentials with Conv2d, BatchNorm2d(, ReLU) in a row, and this
     package's own modules after `unfuse`. Anything else stays as it is. Parameters and buffers are shared with the
-    model as it was, state_dict keys and outputs do not change. `explain` says what runs fused and what does not.
+    model as it was, state_dict keys and outputs do not change. `explain` says what runs fused and what does not. Fuse
+    before fully_shard, which changes classes, too; before or after DistributedDataParallel and torch.compile.
 
-    Raises TypeError if `model` is not an nn.Module.
+    Raises TypeError if `model` is not an nn.Module. Warns if nothing in it is known.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     for module in list(model.modules()):
         if _native(module):
             module.__dict__.pop("fused", None)
@@ -128,6 +120,8 @@ def fuse(model: nn.Module) -> nn.Module:
         if known[0] is _FusedSequential and not conv_bn_runs(list(module.children())):
             continue
         module.__class__ = _fused_class(cls)
+    if not any(isinstance(module, (Switchable, _Swapped)) for module in model.modules()):
+        warnings.warn(f"fuse: nothing in this {type(model).__name__} is known; it stays as it is", stacklevel=2)
     return model
 
 
@@ -135,10 +129,17 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Undo `fuse` in place and return the model: original classes, the same parameters, buffers and outputs.
 
     This package's own modules keep their class and run their children one by one until `fuse` is called.
-    Raises TypeError if `model` is not an nn.Module.
+
+    Raises:
+        TypeError: `model` is not an nn.Module.
+        ValueError: the class of a module was derived from a fused one since (fully_shard does so); nothing is changed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
+    for name, module in model.named_modules():
+        if isinstance(module, _Swapped) and type(module) is not _fused_class(module.ORIGINAL):
+            raise ValueError(
+                f"model: {name or 'it'} has become a {type(module).__name__} since it was fused; undo that first"
+            )
     for module in model.modules():
         if isinstance(module, _Swapped):
             module.__class__ = module.ORIGINAL

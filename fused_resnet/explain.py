@@ -60,7 +60,7 @@ def device_for(arch: str | None) -> plan.Device | None:
     """
     if arch is None:
         return ops.device_of(torch.empty(0, device="cuda"), "auto") if torch.cuda.is_available() else None
-    number = arch.removeprefix("sm")
+    number = str(arch).removeprefix("sm")
     if not number.isdigit() or int(number) not in plan.ARCHITECTURES:
         known = ", ".join(f"sm{a}" for a in plan.ARCHITECTURES)
         raise ValueError(f"arch: expected one of {known}, got {arch!r}")

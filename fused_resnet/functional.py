@@ -1,8 +1,8 @@
 """The documented functions: `residual_block`, `conv_bn_act` and `stem`, and the checks in front of them.
 
-Each is one operator of `torch.ops.fused_resnet`, so that a tracer (FX, torch.compile, torch.export) records one node
-for it, with the BatchNorm buffers that it updates among its arguments. Below the tracer it unfolds into the autograd
-Functions of `autograd`.
+For a tracer (FX, torch.compile, torch.export) each is one operator of `torch.ops.fused_resnet`, so that it records one
+node, with the BatchNorm buffers that it updates among its arguments. Below the tracer, and without one, it unfolds into
+the autograd Functions of `autograd`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from . import plan as planning
 from .autograd import ConvBN, Options, output_hw, run_chain, run_stem
@@ -43,17 +44,45 @@ def _unpack(w, gamma, beta, mean, var, counter, geometry, eps, momentum, batch_s
     return [ConvBN(*u) for u in zip(w, gamma, beta, mean, var, counter, geometries, eps, momenta, batch_stats, sync)]
 
 
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
 def _check_activation(name: str, x: Tensor) -> None:
+    _check_tensor(name, x)
     if x.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
-    if not x.dtype.is_floating_point:
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
-def _check_unit(name: str, unit: ConvBN, x: Tensor, shape: tuple[int, ...], autocast: bool) -> tuple[int, ...]:
-    """Raise if the unit cannot read an input of that shape on x's device in x's dtype; else its output's shape."""
+def _check_units(units: list[ConvBN], shortcut: ConvBN | None) -> None:
+    """Raise if there are none, if they are not ConvBNs, or if a geometry is none."""
+    if not units:
+        raise ValueError("units: expected at least one ConvBN, got none")
+    named = {f"units[{i}]": unit for i, unit in enumerate(units)}
+    if shortcut is not None:
+        named["shortcut"] = shortcut
+    for name, unit in named.items():
+        if not isinstance(unit, ConvBN):
+            raise TypeError(f"{name}: expected a ConvBN, got {type(unit).__name__}")
+        for field, smallest in (("stride", 1), ("padding", 0), ("dilation", 1)):
+            pair = getattr(unit.geometry, field)
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or min(pair) < smallest:
+                raise ValueError(
+                    f"{name}.geometry.{field}: expected (height, width), each at least {smallest}, got {pair!r}"
+                )
+
+
+def _check_unit(
+    name: str, unit: ConvBN, x: Tensor, shape: tuple[int, ...], autocast: torch.dtype | None
+) -> tuple[int, ...]:
+    """Raise if the unit cannot read an input of that shape on x's device in x's dtype, or autocast's; else its output's
+    shape."""
     n, c, height, width = shape
     w, groups = unit.w, unit.geometry.groups
+    _check_tensor(f"{name}.w", w)
     if w.dim() != 4:
         raise ValueError(f"{name}.w: expected [K, C / groups, R, S], got shape {tuple(w.shape)}")
     k = w.shape[0]
@@ -68,14 +97,26 @@ def _check_unit(name: str, unit: ConvBN, x: Tensor, shape: tuple[int, ...], auto
         raise ValueError(f"{name}.w: on {w.device}, but the input is on {x.device}; move them to one device")
     if w.dtype != x.dtype and not autocast:
         raise TypeError(f"{name}.w: {w.dtype}, but the input is {x.dtype}; cast one of them or use torch.autocast")
+    dtype = autocast or x.dtype
+    allowed = (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
     for field in ("gamma", "beta", "running_mean", "running_var"):
         vector = getattr(unit, field)
-        if vector is not None and (tuple(vector.shape) != (k,) or vector.device != x.device):
+        if vector is None:
+            continue
+        _check_tensor(f"{name}.{field}", vector)
+        if tuple(vector.shape) != (k,) or vector.device != x.device:
             raise ValueError(
                 f"{name}.{field}: expected shape ({k},) on {x.device}, got {tuple(vector.shape)} on {vector.device}"
             )
+        if vector.dtype not in allowed:
+            raise TypeError(
+                f"{name}.{field}: expected {' or '.join(map(str, allowed))} with activations of {dtype}, "
+                f"got {vector.dtype}"
+            )
     if not unit.batch_stats and (unit.running_mean is None or unit.running_var is None):
         raise ValueError(f"{name}: batch_stats=False needs running_mean and running_var, got None")
+    if (unit.running_mean is None) != (unit.running_var is None):
+        raise ValueError(f"{name}: expected running_mean and running_var, or neither, got one of them")
     if unit.momentum is None and unit.running_mean is not None and unit.num_batches_tracked is None:
         raise ValueError(f"{name}.momentum: None (cumulative average) needs num_batches_tracked, got None")
     p, q = output_hw(w.shape, unit.geometry, height, width)
@@ -91,9 +132,13 @@ def _check_unit(name: str, unit: ConvBN, x: Tensor, shape: tuple[int, ...], auto
 
 
 def _check_chain(
-    x: Tensor, residual: Tensor | None, units: Sequence[ConvBN], shortcut: ConvBN | None, identity: bool, autocast: bool
+    x: Tensor,
+    residual: Tensor | None,
+    units: Sequence[ConvBN],
+    shortcut: ConvBN | None,
+    identity: bool,
+    autocast: torch.dtype | None,
 ) -> None:
-    _check_activation("x", x)
     shape = tuple(x.shape)
     for i, unit in enumerate(units):
         shape = _check_unit(f"units[{i}]", unit, x, shape, autocast)
@@ -121,37 +166,64 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def _run_block(x, residual, *arguments):
-    *flat, has_shortcut, identity, relu, scheme, impl = arguments
-    *units, shortcut = _unpack(*flat) if has_shortcut else (*_unpack(*flat), None)
+def _run_block(
+    x: Tensor, residual: Tensor | None, units: list[ConvBN], shortcut: ConvBN | None, options: Options
+) -> Tensor:
+    _check_activation("x", x)
     dtype = _autocast_dtype(x)
-    _check_chain(x, residual, units, shortcut, identity, dtype is not None)
+    _check_chain(x, residual, units, shortcut, options.identity, dtype)
     if dtype is not None:
         x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
     # The operators below know their dtypes: an autocast of theirs would round fp32 statistics.
     with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):
-        return run_chain(x, residual, units, shortcut, Options(identity, relu, scheme, impl))
+        return run_chain(x, residual, units, shortcut, options)
 
 
-def _run_stem(x, *arguments):
-    *flat, impl = arguments
-    (unit,) = _unpack(*flat)
+def _run_stem(x: Tensor, unit: ConvBN, impl: str) -> Tensor:
+    _check_activation("x", x)
     dtype = _autocast_dtype(x)
-    _check_chain(x, None, [unit], None, False, dtype is not None)
+    _check_chain(x, None, [unit], None, False, dtype)
     with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):
         return run_stem(x if dtype is None else x.to(dtype), unit, impl)
+
+
+def _block_operator(x, residual, *arguments):
+    *flat, has_shortcut, identity, relu, scheme, impl = arguments
+    *units, shortcut = _unpack(*flat) if has_shortcut else (*_unpack(*flat), None)
+    return _run_block(x, residual, units, shortcut, Options(identity, relu, scheme, impl))
+
+
+def _stem_operator(x, *arguments):
+    *flat, impl = arguments
+    return _run_stem(x, *_unpack(*flat), impl)
 
 
 for _schema, _body in (
     (
         f"residual_block(Tensor x, Tensor? residual, {_UNITS}, bool has_shortcut, bool identity, bool relu, str scheme,"
         " str impl) -> Tensor",
-        _run_block,
+        _block_operator,
     ),
-    (f"stem(Tensor x, {_UNITS}, str impl) -> Tensor", _run_stem),
+    (f"stem(Tensor x, {_UNITS}, str impl) -> Tensor", _stem_operator),
 ):
     _LIBRARY.define(_schema)
     _LIBRARY.impl(_schema[: _schema.index("(")], _body, "CompositeImplicitAutograd")
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether a tracer wants one operator. Without one, none is called: torch.jit.trace and vmap have no rule for lists
+    of optional tensors."""
+    return torch.compiler.is_compiling() or has_torch_function((x,))
+
+
+def _block(
+    x: Tensor, residual: Tensor | None, units: list[ConvBN], shortcut: ConvBN | None, options: Options
+) -> Tensor:
+    _check_units(units, shortcut)
+    if not _is_traced(x):
+        return _run_block(x, residual, units, shortcut, options)
+    everyone = units if shortcut is None else [*units, shortcut]
+    return torch.ops.fused_resnet.residual_block(x, residual, *_pack(everyone), shortcut is not None, *options)
 
 
 def residual_block(
@@ -191,10 +263,7 @@ def residual_block(
         identity = shortcut is None and residual is None
     if (shortcut is not None) + (residual is not None) + identity > 1:
         raise ValueError("shortcut, residual, identity: a block has at most one of them")
-    everyone = [*units] if shortcut is None else [*units, shortcut]
-    return torch.ops.fused_resnet.residual_block(
-        x, residual, *_pack(everyone), shortcut is not None, identity, True, scheme, planning.resolve_impl(impl)
-    )
+    return _block(x, residual, [*units], shortcut, Options(identity, True, scheme, planning.resolve_impl(impl)))
 
 
 def conv_bn_act(
@@ -204,12 +273,7 @@ def conv_bn_act(
 
     residual: [N, K, P, Q] like the output, or None. Everything else as in `residual_block`.
     """
-    impl = planning.resolve_impl(impl)
-    late = residual if not relu else None
-    out = torch.ops.fused_resnet.residual_block(
-        x, None if late is not None else residual, *_pack([unit]), False, False, relu, "stored", impl
-    )
-    return out if late is None else out + late
+    return _block(x, residual, [unit], None, Options(False, relu, "stored", planning.resolve_impl(impl)))
 
 
 def stem(x: Tensor, unit: ConvBN, *, impl: str | None = None) -> Tensor:
@@ -218,4 +282,6 @@ def stem(x: Tensor, unit: ConvBN, *, impl: str | None = None) -> Tensor:
     x [N, C, H, W] -> [N, K, ceil(P / 2), ceil(Q / 2)] for a convolution to P x Q. Everything else as in
     `residual_block`.
     """
-    return torch.ops.fused_resnet.stem(x, *_pack([unit]), planning.resolve_impl(impl))
+    impl = planning.resolve_impl(impl)
+    _check_units([unit], None)
+    return torch.ops.fused_resnet.stem(x, *_pack([unit]), impl) if _is_traced(x) else _run_stem(x, unit, impl)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import plan
+from .modules import check_module
 
 _WARM_UPS = 3  # enough for lazy initialisation: cuDNN plans, Triton compilation, optimizer state
 # Other threads may go on with calls that would break a capture under "global", the default: a data loader's allocates
@@ -66,6 +67,7 @@ def capture(model: nn.Module, example: Tensor, *, pool: tuple[int, int] | None =
 
     Raises ValueError for a model in training mode or an example that is not on a CUDA device.
     """
+    check_module(model)
     _check_cuda("example", example)
     if model.training:
         raise ValueError("model: in training mode; call model.eval() first, or capture_step for a training step")
@@ -175,6 +177,7 @@ def capture_step(
 
     Raises ValueError for a model in eval mode, examples elsewhere than on a CUDA device, or an unfit optimizer.
     """
+    check_module(model)
     _check_cuda("x", x)
     _check_cuda("target", target)
     if not model.training:

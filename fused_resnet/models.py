@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import weights as checkpoints
-from .modules import FusedBasicBlock, FusedBlock, FusedBottleneck, forward_stage, forward_stem
+from .modules import FusedBasicBlock, FusedBlock, FusedBottleneck, FusedForward
 
 SHORTCUTS = ("A", "B", "C", None)
 
@@ -67,7 +67,7 @@ def _initialise(model: nn.Module, zero_init_residual: bool) -> None:
                 nn.init.constant_(last.weight, 0)
 
 
-class ResNet(nn.Module):
+class ResNet(FusedForward):
     """torchvision's ResNet over fused blocks: its arguments, attributes, state_dict and results.
 
     Args:
@@ -147,15 +147,6 @@ class ResNet(nn.Module):
             )  # fmt: skip
             self.inplanes = outplanes
         return nn.Sequential(*stage)
-
-    def _stem(self, x: Tensor) -> Tensor:
-        return forward_stem(self.conv1, self.bn1, self.relu, self.maxpool, x)
-
-    def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self._stem(x)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = forward_stage(stage, x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W] -> logits [N, num_classes]."""

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from . import functional, ops
 from . import plan as planning
-from .autograd import ConvBN
+from .autograd import ConvBN, is_transformed
 from .ops import Geometry
 
 UNFUSED = "switched off by unfuse()"
@@ -36,6 +37,12 @@ def _touched(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "has a forward of its own"
     return None
+
+
+def check_module(model: object) -> None:
+    """TypeError for anything but an nn.Module, under the name that every public function has for it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def conv_bn_reason(conv: nn.Module, bn: nn.Module) -> str | None:
@@ -67,10 +74,15 @@ def _sync_group(bn: nn.Module) -> str:
     return group.group_name if distributed.get_world_size(group) > 1 else ""
 
 
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    """Its sizes in pairs: code that changes a stride or a dilation afterwards may have set a number."""
+    return Geometry(_pair(conv.stride), _pair(conv.padding), _pair(conv.dilation), conv.groups)
+
+
 def conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBN:
     """The pair as one unit for `functional`, with nn.BatchNorm2d's rules: batch statistics in training or without
     running ones; running statistics updated in training if tracked."""
-    geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+    geometry = geometry_of(conv)
     if _is_frozen_bn(bn):
         frozen = bn.running_mean, bn.running_var, None
         return ConvBN(conv.weight, bn.weight, bn.bias, *frozen, geometry, bn.eps, 0.1, False)
@@ -83,12 +95,17 @@ def conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBN:
     )
 
 
-class FusedBlock(nn.Module):
+class Switchable(nn.Module):
+    """A module of this package that `unfuse` switches off and `fuse` on again."""
+
+    fused: bool = True
+
+
+class FusedBlock(Switchable):
     """What the residual blocks share: `LAYERS` names the (convolution, BatchNorm, activation) children in order; any
     other child than `downsample` must be an identity for the block to be fused."""
 
     LAYERS: tuple[tuple[str, str, str], ...] = ()
-    fused: bool = True
     identity: bool = True  # whether a block without `downsample` adds its input
 
     def unfused_reason(self) -> str | None:
@@ -147,7 +164,10 @@ class FusedBlock(nn.Module):
         return act(out + x if self.identity else out)
 
     def zero_init_last(self) -> None:
-        """Zero the last BatchNorm's weight, so that the block starts as an identity (timm calls this)."""
+        """Zero the last BatchNorm's weight, so that the block starts as an identity.
+
+        timm's ResNet calls it; torchvision's, with `zero_init_residual`, knows torchvision's blocks alone.
+        """
         bn = self._modules[self.LAYERS[-1][1]]
         if getattr(bn, "weight", None) is not None:
             nn.init.zeros_(bn.weight)
@@ -271,32 +291,31 @@ class FusedBottleneck(FusedBlock):
         self.stride = stride
 
 
-class FusedConvBNAct(nn.Module):
+class FusedConvBNAct(Switchable):
     """relu?(BN(conv(x)) + residual) with children `conv`, `bn`, `act`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups: as in nn.Conv2d, without bias.
-        padding: default dilation * (kernel_size - 1) / 2, which keeps the size at stride 1 and odd kernels.
+        padding: as there; default dilation * (kernel_size - 1) / 2, which keeps the size at stride 1 and odd kernels.
         act: False for no ReLU.
         norm_layer: default nn.BatchNorm2d.
     """
-
-    fused: bool = True
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        padding: int | None = None,
-        dilation: int = 1,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str | None = None,
+        dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         act: bool = True,
         norm_layer: Callable[..., nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        padding = dilation * (kernel_size - 1) // 2 if padding is None else padding
+        if padding is None:
+            padding = tuple(d * (k - 1) // 2 for k, d in zip(_pair(kernel_size), _pair(dilation)))
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=False
         )
@@ -320,12 +339,12 @@ class FusedConvBNAct(nn.Module):
         return self.act(out if residual is None else out + residual)
 
 
-def stage_convolutions(stage: nn.Sequential) -> list[tuple[Tensor, Geometry]] | None:
-    """(weight, geometry) of each convolution of a stage's first block; None for other modules in a row than blocks."""
-    if not all(isinstance(block, FusedBlock) for block in stage) or not len(stage):
+def stage_convolutions(stage: nn.Module) -> list[tuple[Tensor, Geometry]] | None:
+    """(weight, geometry) of each convolution of a stage's first block; None for anything else than blocks in a row."""
+    if not isinstance(stage, nn.Sequential) or not len(stage) or not all(isinstance(m, FusedBlock) for m in stage):
         return None
     first = (stage[0]._modules[conv] for conv, _, _ in stage[0].LAYERS)
-    return [(c.weight, Geometry(c.stride, c.padding, c.dilation, c.groups)) for c in first]
+    return [(conv.weight, geometry_of(conv)) for conv in first]
 
 
 def run_in_parts(stage: nn.Sequential, x: Tensor, images: int) -> Tensor:
@@ -340,11 +359,11 @@ def run_in_parts(stage: nn.Sequential, x: Tensor, images: int) -> Tensor:
     return out
 
 
-def forward_stage(stage: nn.Sequential, x: Tensor) -> Tensor:
-    """stage(x) for residual blocks in a row. In inference a batch runs in parts whose activations stay in the L2 cache
+def forward_stage(stage: nn.Module, x: Tensor) -> Tensor:
+    """stage(x). In inference a batch runs in parts whose activations stay in the L2 cache
     where that was measured to be faster; BatchNorm with batch statistics forbids it."""
     # A tracer's own tensors stay whole: their batch size may be a symbol.
-    plain = type(x) is Tensor and not torch.compiler.is_compiling() and x.dim() == 4
+    plain = type(x) is Tensor and not (torch.compiler.is_compiling() or is_transformed()) and x.dim() == 4
     if not plain or stage.training or torch.is_grad_enabled():
         return stage(x)
     convolutions = stage_convolutions(stage)
@@ -379,3 +398,19 @@ def forward_stem(conv: nn.Module, bn: nn.Module, relu: nn.Module, pool: nn.Modul
     if stem_reason(conv, bn, relu, pool) is None:
         return functional.stem(x, conv_bn(conv, bn))
     return pool(relu(bn(conv(x))))
+
+
+class FusedForward(Switchable):
+    """torchvision's forward of a ResNet with its stem as one operator, and stages that may take a batch in parts."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        stem = self.conv1, self.bn1, self.relu, self.maxpool
+        stages = self.layer1, self.layer2, self.layer3, self.layer4
+        if self.fused:
+            x = forward_stem(*stem, x)
+            for stage in stages:
+                x = forward_stage(stage, x)
+        else:
+            for module in (*stem, *stages):
+                x = module(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -25,20 +26,27 @@ from .plan import Plan, Problem, statistics_rows
 from .reference import Deferred, Frozen, Geometry, Gradient, Running
 
 _LIBRARY = torch.library.Library("fused_resnet", "DEF")
-_recorder: Callable[[Problem, Plan], None] | None = None
-_record_device: planning.Device | None = None
+
+
+class _Recording(threading.local):
+    """Who is told what runs, and the card to plan for: in this thread, since another one may be training."""
+
+    callback: Callable[[Problem, Plan], None] | None = None
+    device: planning.Device | None = None
+
+
+_recording = _Recording()
 
 
 @contextmanager
 def record(callback: Callable[[Problem, Plan], None], device: planning.Device | None):
     """Call `callback(problem, plan)` for every operator that runs on fake or meta tensors, planned for `device`."""
-    global _recorder, _record_device
-    before = _recorder, _record_device
-    _recorder, _record_device = callback, device
+    before = _recording.callback, _recording.device
+    _recording.callback, _recording.device = callback, device
     try:
         yield
     finally:
-        _recorder, _record_device = before
+        _recording.callback, _recording.device = before
 
 
 @lru_cache
@@ -120,9 +128,9 @@ def plan_block(name: str, impl: str, x: Tensor, convolutions: list[tuple[Tensor,
     """Whether a whole block or stem runs as fused operators or as the library's; kind: "training" or "inference", and
     the shortcut."""
     problem = _block_problem(name, x, convolutions, kind)
-    if _recorder is not None:
-        chosen = planning.plan_block(problem, _record_device, impl)
-        _recorder(problem, chosen)
+    if _recording.callback is not None:
+        chosen = planning.plan_block(problem, _recording.device, impl)
+        _recording.callback(problem, chosen)
         return chosen
     return planning.plan_block(problem, device_of(x, impl), impl)
 
@@ -134,15 +142,15 @@ def stage_problem(x: Tensor, convolutions: list[tuple[Tensor, Geometry]], depth:
 
 def part_of_stage(impl: str, x: Tensor, convolutions: list[tuple[Tensor, Geometry]], depth: int) -> int:
     """How many images such a stage takes at once; 0: all."""
-    device = device_of(x, impl) if _recorder is None else _record_device
+    device = device_of(x, impl) if _recording.callback is None else _recording.device
     if device is None:
         return 0
     problem = stage_problem(x, convolutions, depth)
     chosen = planning.plan_stage(problem, device, impl)
     if chosen.backend == "library":
         return 0
-    if _recorder is not None:
-        _recorder(problem, chosen)
+    if _recording.callback is not None:
+        _recording.callback(problem, chosen)
     return int(chosen.backend)
 
 
@@ -157,22 +165,22 @@ def fuses_bottleneck(impl: str, x: Tensor, weights: list[Tensor], geometry: Geom
     Where it cannot, the caller has an operator for each convolution, which says why if it cannot run either.
     """
     problem = _problem("bottleneck_affine", x, *_bottleneck_details(weights, geometry))
-    device = device_of(x, impl) if _recorder is None else _record_device
+    device = device_of(x, impl) if _recording.callback is None else _recording.device
     if device is not None and planning.cuda_unsupported(problem, device):
         return False
     try:
         chosen = planning.plan_for(problem, device, impl)
     except planning.Unsupported:
         return False
-    if _recorder is not None and chosen.backend != "cuda":
-        _recorder(problem, chosen)  # the operator, which would, does not run
+    if _recording.callback is not None and chosen.backend != "cuda":
+        _recording.callback(problem, chosen)  # the operator, which would, does not run
     return chosen.backend == "cuda"
 
 
 def _select_fake(name: str, impl: str, x: Tensor, *details):
-    if _recorder is not None:
+    if _recording.callback is not None:
         problem = _problem(name, x, *details)
-        _recorder(problem, planning.plan_for(problem, _record_device, impl))
+        _recording.callback(problem, planning.plan_for(problem, _recording.device, impl))
     return getattr(reference, name)
 
 

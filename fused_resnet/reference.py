@@ -150,6 +150,8 @@ def channel_partials(c: Tensor) -> Tensor:
     The kernels return [T, 3, C], a row for each chunk of pixels; here one row counts them all.
     """
     rows = _rows(c).to(accumulator_dtype(c.dtype))
+    if rows.shape[0] == 0:  # one of several processes may have no image
+        return rows.new_zeros(1, 3, rows.shape[1])
     var, mean = torch.var_mean(rows, 0, correction=0)
     return torch.stack((torch.full_like(mean, rows.shape[0]), mean, var * rows.shape[0])).unsqueeze(0)
 

@@ -577,6 +577,7 @@ def tune(
         DeviceFailed: a kernel has broken the device for this process; a new one goes on behind it.
         OSError: the table cannot be written.
     """
+    modules.check_module(model)
     if not isinstance(example, Tensor):
         raise TypeError(f"example: expected a tensor, got {type(example).__name__}")
     if not budget > 0:

@@ -48,7 +48,8 @@ def resolve(builder: str, weights: Any) -> Any:
 
 
 def read_checkpoint(path: str) -> dict[str, Tensor]:
-    """The state_dict in a file: plain, under "state_dict" or "model", with or without a wrapper's "module." prefix.
+    """The state_dict in a file: plain, under "state_dict" or "model", with or without the prefixes of wrappers,
+    DistributedDataParallel's "module." and torch.compile's "_orig_mod.".
 
     Raises ValueError, naming the file, if it cannot be read or holds no tensors.
     """
@@ -67,8 +68,9 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
             break
     if not isinstance(content, Mapping) or not content or not all(map(_is_entry, content.items())):
         raise ValueError(f"weights: {path} holds no state_dict (a mapping from names to tensors)")
-    if all(key.startswith("module.") for key in content):
-        content = {key.removeprefix("module."): value for key, value in content.items()}
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        if all(key.startswith(prefix) for key in content):
+            content = {key.removeprefix(prefix): value for key, value in content.items()}
     return dict(content)
 
 

@@ -24,7 +24,7 @@ LAW = {
     "tracing": {"modules"},
     "explain": {"ops", "plan", "tracing"},
     "costs": {"plan", "tracing"},
-    "graphs": {"plan"},
+    "graphs": {"modules", "plan"},
     "trials": {"plan", "reference"},
     "precompile": {"plan", "trials"},
     "tuning": {"explain", "graphs", "modules", "ops", "plan", "precompile", "reference", "tracing", "trials", "tuned"},

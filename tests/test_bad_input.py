@@ -110,6 +110,41 @@ CASES = [
         r"units\[0\]: the input's 2x2 pixels are fewer than its kernel",
     ),
     (lambda: fused_resnet.stem(_x(8), _unit()), ValueError, r"units\[0\].w: .* the input has 8"),
+    (
+        lambda: fused_resnet.conv_bn_act(_x(), _unit(), _x()[:, :1], relu=False),
+        ValueError,
+        r"residual: shape \(2, 1, 5, 5\) cannot be added",
+    ),
+    (
+        lambda: BLOCK(_x(), [_unit(), _unit(gamma=torch.ones(16).double())]),
+        TypeError,
+        r"units\[1\].gamma: expected torch.float32 with activations of torch.float32, got torch.float64",
+    ),
+    (
+        lambda: BLOCK(_x(), [_unit(running_var=None)]),
+        ValueError,
+        r"units\[0\]: expected running_mean and running_var, or neither, got one",
+    ),
+    (
+        lambda: BLOCK(_x(), [_unit(geometry=Geometry(stride=(0, 1)))]),
+        ValueError,
+        r"units\[0\].geometry.stride: expected \(height, width\), each at least 1, got \(0, 1\)",
+    ),
+    (
+        lambda: BLOCK(_x(), [_unit(geometry=Geometry(padding=1))]),
+        ValueError,
+        r"units\[0\].geometry.padding: expected \(height, width\), each at least 0, got 1",
+    ),
+    (lambda: BLOCK(_x(), []), ValueError, "units: expected at least one ConvBN, got none"),
+    (lambda: BLOCK(_x(), [_unit()], _x()), TypeError, "shortcut: expected a ConvBN, got Tensor"),
+    (lambda: BLOCK(_x(), [_unit(w=None)]), TypeError, r"units\[0\].w: expected a tensor, got NoneType"),
+    (lambda: fused_resnet.FusedBasicBlock(16, 16)(None), TypeError, "x: expected a tensor, got NoneType"),
+    (lambda: fused_resnet.stem(_x().to(torch.float8_e5m2), _unit()), TypeError, "x: expected float16, .*float8_e5m2"),
+    (lambda: fused_resnet.explain({}, _x()), TypeError, "model: expected a torch.nn.Module, got dict"),
+    (lambda: fused_resnet.explain(nn.ReLU(), [1]), TypeError, "x: expected a tensor, got list"),
+    (lambda: fused_resnet.profile({}), TypeError, "model: expected a torch.nn.Module, got dict"),
+    (lambda: fused_resnet.tune({}, _x()), TypeError, "model: expected a torch.nn.Module, got dict"),
+    (lambda: fused_resnet.capture({}, _x()), TypeError, "model: expected a torch.nn.Module, got dict"),
 ]
 
 

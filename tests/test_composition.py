@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fused_resnet
@@ -108,6 +109,29 @@ def test_fx_trace_keeps_the_statistics_in_the_graph(impl):
     assert len(operators) == 4
     _assert_same_state(traced, eager)
     assert not torch.equal(traced.get_buffer("blocks.1.bn3.running_mean"), before["blocks.1.bn3.running_mean"])
+
+
+def _forward_ad(net):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(net(forward_ad.make_dual(_x(), torch.ones_like(_x())))).tangent
+
+
+TRANSFORMS = {
+    "vmap": lambda net: torch.func.vmap(net)(_x().unsqueeze(1)),
+    "grad": lambda net: torch.func.grad(lambda x: net(x).square().sum())(_x()),
+    "jvp": lambda net: torch.func.jvp(net, (_x(),), (torch.ones_like(_x()),))[1],
+    "forward_ad": _forward_ad,
+    "jit.trace": lambda net: torch.jit.trace(net, _x(4))(_x()),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_see_the_librarys_operators(transform):
+    """As torchvision's blocks under "auto"; the fused operators, asked for by name, say that they cannot."""
+    model, plain = Net().eval().requires_grad_(False), fused_resnet.unfuse(Net()).eval().requires_grad_(False)
+    torch.testing.assert_close(TRANSFORMS[transform](model), TRANSFORMS[transform](plain), rtol=1e-4, atol=1e-5)
+    with fused_resnet.use("reference"), pytest.raises(fused_resnet.Unsupported, match="have no rules for torch.func"):
+        TRANSFORMS[transform](model)
 
 
 @IMPLS

@@ -135,6 +135,52 @@ def test_isinstance_pickle_and_deepcopy_of_swapped_modules():
         assert type(fused_resnet.unfuse(other).layer1[0]) is torchvision.models.resnet.BasicBlock
 
 
+def test_sequential_keeps_its_argument_name():
+    run = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
+    expected = run(input=_images())
+    torch.testing.assert_close(fused_resnet.fuse(run)(input=_images()), expected)
+
+
+def test_copies_of_a_compiled_model():
+    """Module.compile leaves a function in the module that cannot be pickled."""
+    model = fused_resnet.fuse(torchvision.models.resnet18(num_classes=10)).eval()
+    expected = model(_images())
+    model.compile(backend="eager")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(_images()), expected)
+
+
+def test_stages_of_other_kinds():
+    """A block alone, and a stage that something wraps: both cannot be iterated over."""
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    model.layer1 = model.layer1[0]
+    expected = model(_images())
+    fused_resnet.fuse(model)
+    model.layer2 = torch.compile(model.layer2, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(model(_images()), expected)
+
+
+def test_unfuse_refuses_a_class_derived_since():
+    """fully_shard derives a class for each module that it manages; restoring the original would take that away."""
+    model = fused_resnet.fuse(torchvision.models.resnet18(num_classes=10))
+    block = model.layer2[0]
+    block.__class__ = type("Sharded", (type(block),), {})
+    types = _types(model)
+    with pytest.raises(ValueError, match=r"model: layer2\.0 has become a Sharded since it was fused"):
+        fused_resnet.unfuse(model)
+    assert _types(model) == types
+
+
+def test_own_resnet_is_unfused_with_its_stem():
+    model = fused_resnet.unfuse(fused_resnet.resnet18(num_classes=10))
+    x = _images(64).requires_grad_()
+    with fused_resnet.use("reference"):
+        (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        gradient.square().sum().backward()  # which the fused operators refuse
+    assert model.conv1.weight.grad.any()
+
+
 def test_own_modules_switch_off_and_on():
     block = fused_resnet.FusedBottleneck(16, 4)
     assert block.unfused_reason() is None
@@ -152,7 +198,8 @@ def test_subclasses_stay_as_they_are():
     block = Custom(8, 8).eval()
     x = torch.randn(1, 8, 5, 5)
     expected = block(x)
-    assert type(fused_resnet.fuse(block)) is Custom
+    with pytest.warns(UserWarning, match="nothing in this Custom is known"):
+        assert type(fused_resnet.fuse(block)) is Custom
     assert torch.equal(block(x), expected)
 
 

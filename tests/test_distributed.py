@@ -7,7 +7,7 @@ from torch import nn
 
 import fused_resnet
 
-SIZES = (3, 2)  # images of each rank: uneven
+UNEVEN, ONE_EMPTY = (3, 2), (5, 0)  # images of each rank
 
 
 def _block(scheme):
@@ -33,15 +33,15 @@ def _run(block, x, gradient, scheme):
 
 def _data():
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(sum(SIZES), 6, 7, 5, generator=generator, dtype=torch.double)
-    return x, torch.randn(sum(SIZES), 16, 4, 3, generator=generator, dtype=torch.double)
+    x = torch.randn(5, 6, 7, 5, generator=generator, dtype=torch.double)
+    return x, torch.randn(5, 16, 4, 3, generator=generator, dtype=torch.double)
 
 
-def _worker(rank, folder, scheme, compiled):
+def _worker(rank, folder, scheme, compiled, sizes):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        x, gradient = (t.split(SIZES)[rank] for t in _data())
+        x, gradient = (t.split(sizes)[rank] for t in _data())
         block = nn.SyncBatchNorm.convert_sync_batchnorm(_block(scheme))
         assert type(block.bn1) is nn.SyncBatchNorm and block.unfused_reason() is None
         if compiled:
@@ -59,12 +59,12 @@ def _worker(rank, folder, scheme, compiled):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "compiled"),
-    [("stored", False), ("moments", False), ("auto", True)],
-    ids=["stored", "moments", "compiled"],
+    ("scheme", "compiled", "sizes"),
+    [("stored", False, UNEVEN), ("moments", False, UNEVEN), ("auto", True, UNEVEN), ("moments", False, ONE_EMPTY)],
+    ids=["stored", "moments", "compiled", "a process without images"],
 )
-def test_two_processes_equal_one_on_the_whole_batch(tmp_path, scheme, compiled):
-    mp.spawn(_worker, (str(tmp_path), scheme, compiled), nprocs=2)
+def test_two_processes_equal_one_on_the_whole_batch(tmp_path, scheme, compiled, sizes):
+    mp.spawn(_worker, (str(tmp_path), scheme, compiled, sizes), nprocs=2)
     block = _block(scheme)
     x, gradient = _data()
     with fused_resnet.use("reference"):

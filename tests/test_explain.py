@@ -1,5 +1,7 @@
 """explain: every layer, its problem, its backend and the reason, without a GPU and without running the model."""
 
+import threading
+
 import pytest
 import torch
 import torchvision
@@ -28,6 +30,29 @@ def test_table_lists_one_line_per_record():
     assert lines[0].split() == ["layer", "operator", "problem", "backend", "reason"]
     assert len(lines) == len(records) + 2
     assert "1x8x8x16" in lines[2]
+
+
+def test_shared_modules_are_explained_where_they_run():
+    block = fused_resnet.FusedBasicBlock(8, 8)
+    records = fused_resnet.explain(nn.Sequential(block, nn.ReLU(), block), torch.empty(2, 8, 5, 5))
+    assert [record.operator for record in records] == ["residual_block", "ReLU", "residual_block"]
+
+
+def test_another_thread_is_not_disturbed():
+    """The hooks that follow the layers are global, and fire for every module that runs meanwhile."""
+    training = fused_resnet.FusedBasicBlock(8, 8)
+
+    class Waits(nn.Module):
+        def forward(self, x):
+            thread = threading.Thread(target=lambda: training(torch.randn(2, 8, 5, 5)).sum().backward())
+            thread.start()
+            thread.join()
+            return x
+
+    model = nn.Sequential(fused_resnet.FusedBasicBlock(4, 4), Waits())
+    records = fused_resnet.explain(model, torch.empty(2, 4, 5, 5), arch="sm90")
+    assert [(record.layer, record.operator) for record in records] == [("0", "residual_block"), ("1", "Waits")]
+    assert training.conv1.weight.grad is not None
 
 
 def test_tile_of_the_heuristic_is_explained():

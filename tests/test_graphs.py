@@ -1,12 +1,14 @@
 """CUDA-graph capture: what can be said without a device, and on one the equality with eager execution."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 import fused_resnet
+from fused_resnet import plan
 from fused_resnet.graphs import Snapshot, check_capturable
 
 
@@ -107,3 +109,13 @@ def test_captured_step_equals_eager_steps():
         torch.testing.assert_close(step(batch, target), _step(eager, optimizers[0], batch, target))
     for a, b in zip(captured.state_dict().values(), eager.state_dict().values()):
         torch.testing.assert_close(a, b)
+
+
+def test_all_threads_plan_for_the_graph():
+    """Autograd runs a checkpointed block again on a thread of its own."""
+    seen = []
+    with plan.replayed():
+        thread = threading.Thread(target=lambda: seen.append(plan.is_replayed()))
+        thread.start()
+        thread.join()
+    assert seen == [True] and not plan.is_replayed()

@@ -163,6 +163,15 @@ class _Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_cumulative_average_needs_no_fused_operator():
+    """update_bn sets momentum=None in every BatchNorm: under "auto" this is no reason to leave the library."""
+    block, _ = _pair()
+    _each_bn(block, lambda bn: setattr(bn, "momentum", None))
+    with _Calls() as calls:
+        block(_x(block))
+    assert calls.counts["convolution"] == 3 and "conv_stats" not in calls.counts
+
+
 @pytest.mark.parametrize(
     ("frozen", "wgrad", "dgrad"),
     [((), 3, 3), (("conv1", "conv2"), 1, 2), (("conv1", "bn1", "conv2", "bn2"), 1, 0), (("conv3", "bn3"), 2, 2)],
@@ -326,6 +335,8 @@ def test_second_derivative_is_refused():
         with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
             (gradient.square().sum() + x.sum()).backward()
         block(x).sum().backward(create_graph=True)  # asking without using is fine
+        with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+            torch.autograd.functional.hvp(lambda x: block(x).square().sum(), x, x)  # takes "unused" for zero
 
 
 # Children of other kinds
@@ -394,6 +405,16 @@ def test_changed_children_run_as_themselves(impl, change, reason):
 
 
 @IMPLS
+def test_sizes_set_as_numbers(impl):
+    """As code does that takes the stride out of a backbone."""
+    ours, theirs = _pair()
+    for block in (ours, theirs):
+        block.conv2.stride, block.conv2.padding, block.conv2.dilation = 1, 2, 2
+    assert ours.unfused_reason() is None
+    _assert_same(ours, theirs, _x(ours), impl)
+
+
+@IMPLS
 def test_shortcut_of_another_kind_is_called_and_the_rest_fused(impl):
     torch.manual_seed(0)
     down = nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(6, 16, 1, bias=False), nn.BatchNorm2d(16))
@@ -433,7 +454,8 @@ def test_timm_builds_with_our_block():
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    "options", [{}, {"stride": 2}, {"groups": 2}, {"dilation": 2}, {"kernel_size": 1}, {"padding": 0}]
+    "options",
+    [{}, {"stride": 2}, {"groups": 2}, {"dilation": 2}, {"kernel_size": 1}, {"padding": 0}, {"kernel_size": (3, 1)}],
 )
 def test_conv_bn_act(impl, act, residual, training, options):
     torch.manual_seed(0)

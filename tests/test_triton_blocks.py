@@ -213,6 +213,34 @@ def test_stem_inference_through_the_kernels(dtype, channels, module, device, mon
     assert plan.triton_plan(problem, None, plan.Device.default(90), "").module == module
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_parameters_with_strides(training, device):
+    """As another framework's layout leaves them after a permutation, or a slice of a longer vector."""
+    dense = _block(Bottleneck, 35, 9, 2, {}, torch.float32, device).train(training)
+    strided = copy.deepcopy(dense)
+    for module in strided.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight = nn.Parameter(module.weight.detach().permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1))
+        elif isinstance(module, nn.BatchNorm2d):
+            module.weight = nn.Parameter(module.weight.detach().repeat_interleave(2)[::2])
+    x = torch.randn(2, 35, 7, 6).to(device)
+    with fused_resnet.use("triton"):
+        results = [_run(lambda b, v: _fused(b, v, "moments"), block, x) for block in (dense, strided)]
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_with_strides_are_refused(training, device):
+    """They would have to be written in place: beyond their end, with a stride of 0."""
+    block = _block(Bottleneck, 16, 4, 1, {}, torch.float32, device).train(training)
+    block.bn1.running_var = torch.ones(1, device=device).expand(4)
+    x = torch.randn(2, 16, 3, 3, device=device, requires_grad=True)
+    message = r"running_var must be a contiguous \[4\]; got \(4,\), strides \(0,\)"
+    with fused_resnet.use("triton"), pytest.raises(ValueError, match=message):
+        _fused(block, x, "stored")
+
+
 def test_repeats_are_bit_equal(device):
     block = _block(Bottleneck, 35, 9, 2, {}, torch.float16, device)
     x = torch.randn(2, 35, 7, 6).to(device, torch.float16).to(memory_format=torch.channels_last)

@@ -18,7 +18,7 @@ def state():
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod.", "_orig_mod.module."])
 def test_file(tmp_path, state, wrap, prefix):
     path = tmp_path / "checkpoint.pt"
     torch.save(wrap({prefix + key: value for key, value in state.items()}), path)

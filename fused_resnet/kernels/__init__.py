@@ -38,12 +38,19 @@ def require_vectors(name: str, x: Tensor, rows: int, channels: int) -> Tensor:
     return x
 
 
+def require_channels(channels: int, **vectors: Tensor | None) -> None:
+    """ValueError unless each vector is contiguous [channels], or None: kernels read and write them without strides."""
+    for name, vector in vectors.items():
+        if vector is not None and (vector.shape != (channels,) or not vector.is_contiguous()):
+            got = f"{tuple(vector.shape)}, strides {vector.stride()}"
+            raise ValueError(f"{name} must be a contiguous [{channels}]; got {got}")
+
+
 def require_frozen(bn, channels: int) -> tuple:
     """The buffers of a BatchNorm (mean, var, gamma | None, beta | None, eps) if they are [channels]; ValueError."""
-    for name, vector in zip(("mean", "var", "gamma", "beta"), bn):
-        if vector is not None and (vector.shape != (channels,) or not vector.is_contiguous()):
-            raise ValueError(f"bn.{name} must be contiguous [{channels}]; got {tuple(vector.shape)}")
-    return tuple(bn)
+    mean, var, gamma, beta, eps = bn
+    require_channels(channels, running_mean=mean, running_var=var, gamma=gamma, beta=beta)
+    return mean, var, gamma, beta, eps
 
 
 def require_partials(name: str, x: Tensor, rows: int) -> Tensor:

@@ -22,6 +22,7 @@ from . import (
     empty_rows,
     map_options,
     on_device_of,
+    require_channels,
     require_deferred,
     require_gradient,
     require_like,
@@ -262,7 +263,8 @@ def _bn_backward_finalize_kernel(
     rstd = load_vector(bn_ptr, BN_RSTD, channels, cols).to(tl.float64)
     scale = load_vector(bn_ptr, BN_SCALE, channels, cols).to(tl.float64)
     inv_count = load_vector(bn_ptr, BN_INV_COUNT, channels, cols).to(tl.float64)
-    b = -scale * rstd * sum_x * inv_count
+    # C from B as it is stored: an error of B mean in every pixel's dc would add up in the weight's gradient.
+    b = (-scale * rstd * sum_x * inv_count).to(tl.float32).to(tl.float64)
     c = -scale * sum_g * inv_count - b * mean
     tl.store(coef_ptr + cols, scale.to(tl.float32), mask=valid)
     tl.store(coef_ptr + channels + cols, b.to(tl.float32), mask=valid)
@@ -309,6 +311,8 @@ def launch_bn_finalize(partials, gamma, beta, running, momentum, eps, plan):
     """
     require_partials("partials", partials, 3)
     rows, _, channels = partials.shape
+    running_mean, running_var = (None, None) if running is None else running[:2]
+    require_channels(channels, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
     mean, var, batches = count_batch(running, momentum)
     bn = torch.empty((5, channels), dtype=torch.float32, device=partials.device)
     with on_device_of(bn):
@@ -346,6 +350,7 @@ def launch_merge_partials(partials, plan):
 def launch_bn_frozen(running_mean, running_var, gamma, beta, eps, plan):
     """bn [5, C] of running statistics [C], with inv_count 0: constants in backward."""
     channels = running_mean.shape[0]
+    require_channels(channels, running_mean=running_mean, running_var=running_var, gamma=gamma, beta=beta)
     bn = torch.empty((5, channels), dtype=torch.float32, device=running_mean.device)
     with on_device_of(bn):
         _bn_frozen_kernel[(triton.cdiv(channels, plan.config.block_n),)](

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import count_batch, on_device_of, require_vectors, tile_options
+from . import count_batch, on_device_of, require_channels, require_vectors, tile_options
 from .epilogue import BN_MEAN, BN_RSTD, load_vector, store_bn, update_running
 
 
@@ -260,10 +260,7 @@ def launch_moments_finalize(gram, w, gamma, beta, running, momentum, eps, plan):
     gemm_n, gemm_k = _check_weight(w)
     _require_moments("gram", gram, gemm_k + 1, gemm_k + 1)
     running_mean, running_var = (None, None) if running is None else running[:2]
-    vectors = {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
-    for name, vector in vectors.items():
-        if vector is not None and (vector.shape != (gemm_n,) or not vector.is_contiguous()):
-            raise ValueError(f"{name} must be a contiguous [{gemm_n}]; got {tuple(vector.shape)}")
+    require_channels(gemm_n, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
     mean, var, batches = count_batch(running, momentum)
     bn = torch.empty((5, gemm_n), dtype=torch.float32, device=w.device)
     config = plan.config

@@ -101,10 +101,10 @@ class _Choice(threading.local):
     # function notices a later `use`. It cannot trace contextvars.
     def __init__(self) -> None:
         self.impl = "auto"
-        self.replayed = False
 
 
 _choice = _Choice()
+_replayed = False
 
 
 def check_impl(impl: str) -> str:
@@ -129,7 +129,11 @@ def resolve_impl(impl: str | None) -> str:
 
 @contextmanager
 def use(impl: str) -> Iterator[None]:
-    """Make ``impl`` ("auto", "reference", "triton" or "cuda") this thread's choice inside a ``with`` block."""
+    """Make ``impl`` ("auto", "reference", "triton" or "cuda") this thread's choice inside a ``with`` block.
+
+    It is read in forward, and backward keeps it. Activation checkpointing runs the forward again, on CUDA in a thread
+    of autograd's: ``checkpoint(..., use_reentrant=False, context_fn=lambda: (nullcontext(), use(impl)))`` tells it.
+    """
     check_impl(impl)
     outer = _choice.impl
     _choice.impl = impl
@@ -141,21 +145,22 @@ def use(impl: str) -> Iterator[None]:
 
 @contextmanager
 def replayed() -> Iterator[None]:
-    """Plan this thread's blocks for a CUDA graph inside a ``with`` block: while one is captured, and warmed up for.
+    """Plan blocks for a CUDA graph inside a ``with`` block: while one is captured, and warmed up for.
 
-    A replay launches nothing from Python, so that a chain of short kernels can win in it which loses outside.
+    A replay launches nothing from Python, so that a chain of short kernels can win in it which loses outside. It holds
+    for all threads: autograd may run a checkpointed block again on one of its own.
     """
-    outer = _choice.replayed
-    _choice.replayed = True
+    global _replayed
+    outer, _replayed = _replayed, True
     try:
         yield
     finally:
-        _choice.replayed = outer
+        _replayed = outer
 
 
 def is_replayed() -> bool:
-    """Whether this thread plans for a CUDA graph."""
-    return _choice.replayed
+    """Whether blocks are planned for a CUDA graph."""
+    return _replayed
 
 
 def _plan_with(backend: str, problem: Problem, config: TileConfig | None, device: Device, reason: str) -> Plan:
