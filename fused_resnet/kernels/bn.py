@@ -263,8 +263,7 @@ def _bn_backward_finalize_kernel(
     rstd = load_vector(bn_ptr, BN_RSTD, channels, cols).to(tl.float64)
     scale = load_vector(bn_ptr, BN_SCALE, channels, cols).to(tl.float64)
     inv_count = load_vector(bn_ptr, BN_INV_COUNT, channels, cols).to(tl.float64)
-    # C from B as it is stored: an error of B mean in every pixel's dc would add up in the weight's gradient.
-    b = (-scale * rstd * sum_x * inv_count).to(tl.float32).to(tl.float64)
+    b = -scale * rstd * sum_x * inv_count
     c = -scale * sum_g * inv_count - b * mean
     tl.store(coef_ptr + cols, scale.to(tl.float32), mask=valid)
     tl.store(coef_ptr + channels + cols, b.to(tl.float32), mask=valid)
