@@ -126,7 +126,10 @@ def _conv1x1_fwd_kernel(
     count = 0.0
     mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
     m2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for tile in range(tl.cdiv(stop - start, BLOCK_M)):
+    tiles = 1
+    if partials_ptr is not None:
+        tiles = tl.cdiv(stop - start, BLOCK_M)
+    for tile in tl.range(tiles, disable_licm=True):
         row0 = start + tile * BLOCK_M
         rows = row0 + tl.arange(0, BLOCK_M)
         valid_rows = rows < stop
