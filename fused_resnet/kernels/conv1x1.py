@@ -188,9 +188,10 @@ def _conv1x1_fwd_kernel(
             )
         if RELU:
             acc = relu(acc)
-        tl.store(out_ptr + tile_start + elements, acc.to(out_ptr.dtype.element_ty), mask=valid)
+        out = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + tile_start + elements, out, mask=valid)
         if mask_ptr is not None:
-            store_mask(mask_ptr, acc > 0, row0, stop, first_col, gemm_n, BLOCK_M, BLOCK_N)
+            store_mask(mask_ptr, out > 0, row0, stop, first_col, gemm_n, BLOCK_M, BLOCK_N)
 
     if partials_ptr is not None:
         row_ptr = partials_ptr + chunk.to(tl.int64) * 3 * gemm_n + cols

@@ -62,7 +62,7 @@ def tile_statistics(x, valid, count):
 
     Two passes over registers: E[x^2] - E[x]^2 would cancel for a channel whose mean is far from zero.
     """
-    mean = tl.sum(tl.where(valid[:, None], x, 0.0), axis=0) / count
+    mean = tl.sum(tl.where(valid[:, None], x, 0.0), axis=0) * (1.0 / count)
     deviation = tl.where(valid[:, None], x - mean[None, :], 0.0)  # [M, N]
     return mean, tl.sum(deviation * deviation, axis=0)
 
