@@ -42,9 +42,10 @@ from .epilogue import (
     input_rows,
     load_vector,
     merge_statistics,
+    pair_statistics,
+    reduce_statistics,
     relu,
     store_mask,
-    tile_statistics,
 )
 
 
@@ -53,29 +54,44 @@ def _gemm_tile(
     a_ptr,
     a_bn_ptr,
     w_ptr,
-    a_rows,
-    valid_rows,
-    cols,
+    row0,
+    row_limit,
+    first_col,
     gemm_n,
     gemm_k,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    STRIDE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
 ):
-    """acc [BLOCK_M, BLOCK_N] = relu(bn(a))[a_rows, :] w[cols, :]^T in fp32; a_bn_ptr None: no prologue."""
+    """acc [BLOCK_M, BLOCK_N] = relu(bn(a)) w^T in fp32, of the pixels from row0 and the channels from first_col.
+
+    a_bn_ptr None: no prologue. Beyond the last pixel and channel stand the last ones again: a condition on every load
+    would cost more than the product itself.
+    """
+    row = tl.minimum(tl.arange(0, BLOCK_M), row_limit - row0 - 1)
+    col = tl.minimum(tl.arange(0, BLOCK_N), gemm_n - first_col - 1)
+    if STRIDE == 1:
+        a_ptr += row0.to(tl.int64) * gemm_k
+    else:
+        row = input_rows(row0 + row, in_h, in_w, out_h, out_w, STRIDE)
+    w_ptr += first_col.to(tl.int64) * gemm_k
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    a_row_ptr = a_ptr + a_rows[:, None] * gemm_k  # [BLOCK_M, 1]
-    w_row_ptr = w_ptr + cols.to(tl.int64)[:, None] * gemm_k  # [BLOCK_N, 1]
     for k0 in range(0, gemm_k, BLOCK_K):
         depth = k0 + tl.arange(0, BLOCK_K)
-        valid = valid_rows[:, None] & (depth < gemm_k)[None, :]
-        a = tl.load(a_row_ptr + depth[None, :], mask=valid, other=0.0)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(w_row_ptr + depth[None, :], mask=(cols < gemm_n)[:, None] & (depth < gemm_k)[None, :], other=0.0)
+        valid = (depth < gemm_k)[None, :]
+        a = tl.load(a_ptr + (row[:, None] * gemm_k + depth[None, :]), mask=valid, other=0.0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(w_ptr + (col[:, None] * gemm_k + depth[None, :]), mask=valid, other=0.0)  # [BLOCK_N, BLOCK_K]
         if a_bn_ptr is not None:
+            # Zero beyond the last channel, as scale and shift are there.
             scale = load_vector(a_bn_ptr, BN_SCALE, gemm_k, depth)
             shift = load_vector(a_bn_ptr, BN_SHIFT, gemm_k, depth)
-            a = tl.where(valid, relu(affine(a.to(tl.float32), scale, shift)), 0.0).to(w.dtype)
+            a = relu(affine(a.to(tl.float32), scale, shift)).to(w.dtype)
         acc = tl.dot(a, tl.trans(w), acc, input_precision=INPUT_PRECISION)
     return acc
 
@@ -123,63 +139,72 @@ def _conv1x1_fwd_kernel(
     start = chunk * chunk_pixels
     stop = tl.minimum(start + chunk_pixels, gemm_m)
 
-    count = 0.0
-    mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    m2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    tiles = 1
-    if partials_ptr is not None:
+    if partials_ptr is None:
+        tiles = 1
+    else:
         tiles = tl.cdiv(stop - start, BLOCK_M)
+        count = tl.zeros((BLOCK_M // 16, 8, 1), dtype=tl.float32)
+        mean = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), dtype=tl.float32)
+        m2 = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), dtype=tl.float32)
+    # Addresses hoisted out of the loop would live in registers through the epilogue.
     for tile in tl.range(tiles, disable_licm=True):
         row0 = start + tile * BLOCK_M
-        rows = row0 + tl.arange(0, BLOCK_M)
-        valid_rows = rows < stop
-        if shortcut_ptr is None:
-            a_rows = input_rows(rows, in_h, in_w, out_h, out_w, STRIDE)
-        else:
-            a_rows = rows.to(tl.int64)
+        row = tl.arange(0, BLOCK_M)
+        # Only the start of the tile can pass 2^31 elements; 64-bit offsets for all of them would cost registers.
+        tile_start = row0.to(tl.int64) * gemm_n
+        elements = row[:, None] * gemm_n + cols[None, :]  # [BLOCK_M, BLOCK_N]
+        valid_rows = row0 + row < stop
+        valid = valid_rows[:, None] & (cols < gemm_n)[None, :]
+        if residual_ptr is not None:
+            # Under way while the product waits for its operands.
+            residual = tl.load(residual_ptr + tile_start + elements, mask=valid, other=0.0)
         acc = _gemm_tile(
             a_ptr,
             a_bn_ptr,
             w_ptr,
-            a_rows,
-            valid_rows,
-            cols,
+            row0,
+            stop,
+            first_col,
             gemm_n,
             gemm_k,
+            in_h,
+            in_w,
+            out_h,
+            out_w,
+            STRIDE if shortcut_ptr is None else 1,
+            INPUT_PRECISION,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
-            INPUT_PRECISION,
         )
-        # Only the start of the tile can pass 2^31 elements; 64-bit offsets for all of them would cost registers.
-        tile_start = row0.to(tl.int64) * gemm_n
-        elements = tl.arange(0, BLOCK_M)[:, None] * gemm_n + cols[None, :]  # [BLOCK_M, BLOCK_N]
-        valid = valid_rows[:, None] & (cols < gemm_n)[None, :]
         if partials_ptr is not None:
-            tile_count = tl.minimum(stop - row0, BLOCK_M).to(tl.float32)
-            tile_mean, tile_m2 = tile_statistics(acc, valid_rows, tile_count)
-            count, mean, m2 = merge_statistics(count, mean, m2, tile_count, tile_mean, tile_m2)
+            count, mean, m2 = merge_statistics(count, mean, m2, *pair_statistics(acc, row0, stop))
         if bn_ptr is not None:
             acc = affine(acc, load_vector(bn_ptr, BN_SCALE, gemm_n, cols), load_vector(bn_ptr, BN_SHIFT, gemm_n, cols))
         if var_ptr is not None:
             scale, shift = frozen_vectors(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, gemm_n, cols)
             acc = affine(acc, scale, shift)
         if residual_ptr is not None:
-            acc += tl.load(residual_ptr + tile_start + elements, mask=valid, other=0.0).to(tl.float32)
+            acc += residual.to(tl.float32)
         if shortcut_ptr is not None:
             side = _gemm_tile(
                 shortcut_ptr,
                 None,
                 shortcut_w_ptr,
-                input_rows(rows, in_h, in_w, out_h, out_w, STRIDE),
-                valid_rows,
-                cols,
+                row0,
+                stop,
+                first_col,
                 gemm_n,
                 shortcut_k,
+                in_h,
+                in_w,
+                out_h,
+                out_w,
+                STRIDE,
+                INPUT_PRECISION,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
-                INPUT_PRECISION,
             )
             acc += affine(
                 side,
@@ -194,8 +219,9 @@ def _conv1x1_fwd_kernel(
             store_mask(mask_ptr, out > 0, row0, stop, first_col, gemm_n, BLOCK_M, BLOCK_N)
 
     if partials_ptr is not None:
+        total, mean, m2 = reduce_statistics(count, mean, m2)
         row_ptr = partials_ptr + chunk.to(tl.int64) * 3 * gemm_n + cols
-        tl.store(row_ptr, tl.zeros((BLOCK_N,), dtype=tl.float32) + count, mask=cols < gemm_n)
+        tl.store(row_ptr, total, mask=cols < gemm_n)
         tl.store(row_ptr + gemm_n, mean, mask=cols < gemm_n)
         tl.store(row_ptr + 2 * gemm_n, m2, mask=cols < gemm_n)
 
