@@ -50,6 +50,51 @@ from .epilogue import (
 
 
 @triton.jit
+def _input_tile(
+    a_ptr,
+    a_bn_ptr,
+    row0,
+    row_limit,
+    k0,
+    gemm_k,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """relu(bn(a)) [BLOCK_M, BLOCK_K] of the output pixels from row0 and the channels from k0; a_bn_ptr None: a.
+
+    Zero beyond the last channel, as scale and shift are there. Beyond the last pixel it is the last one again, of which
+    nothing is stored: conditions on rows would take more instructions than the product.
+    """
+    row = tl.minimum(tl.arange(0, BLOCK_M), row_limit - row0 - 1)
+    if STRIDE == 1:
+        # Only the start of the tile can pass 2^31 elements; 64-bit offsets for all of them would cost registers.
+        a_ptr += row0.to(tl.int64) * gemm_k
+    else:
+        row = input_rows(row0 + row, in_h, in_w, out_h, out_w, STRIDE)
+    depth = k0 + tl.arange(0, BLOCK_K)
+    a = tl.load(a_ptr + (row[:, None] * gemm_k + depth[None, :]), mask=(depth < gemm_k)[None, :], other=0.0)
+    if a_bn_ptr is not None:
+        scale = load_vector(a_bn_ptr, BN_SCALE, gemm_k, depth)
+        shift = load_vector(a_bn_ptr, BN_SHIFT, gemm_k, depth)
+        a = relu(affine(a.to(tl.float32), scale, shift)).to(a.dtype)
+    return a
+
+
+@triton.jit
+def _weight_tile(w_ptr, first_col, gemm_n, k0, gemm_k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """w [BLOCK_N, BLOCK_K] from output channel first_col and input channel k0, with edges as in `_input_tile`."""
+    col = tl.minimum(tl.arange(0, BLOCK_N), gemm_n - first_col - 1)
+    depth = k0 + tl.arange(0, BLOCK_K)
+    elements = col[:, None] * gemm_k + depth[None, :]
+    return tl.load(w_ptr + first_col.to(tl.int64) * gemm_k + elements, mask=(depth < gemm_k)[None, :], other=0.0)
+
+
+@triton.jit
 def _gemm_tile(
     a_ptr,
     a_bn_ptr,
@@ -69,29 +114,13 @@ def _gemm_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc [BLOCK_M, BLOCK_N] = relu(bn(a)) w^T in fp32, of the pixels from row0 and the channels from first_col.
-
-    a_bn_ptr None: no prologue. Beyond the last pixel and channel stand the last ones again: a condition on every load
-    would cost more than the product itself.
-    """
-    row = tl.minimum(tl.arange(0, BLOCK_M), row_limit - row0 - 1)
-    col = tl.minimum(tl.arange(0, BLOCK_N), gemm_n - first_col - 1)
-    if STRIDE == 1:
-        a_ptr += row0.to(tl.int64) * gemm_k
-    else:
-        row = input_rows(row0 + row, in_h, in_w, out_h, out_w, STRIDE)
-    w_ptr += first_col.to(tl.int64) * gemm_k
+    """acc [BLOCK_M, BLOCK_N] = relu(bn(a)) w^T in fp32, of the output pixels from row0 and the channels from first_col."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k0 in range(0, gemm_k, BLOCK_K):
-        depth = k0 + tl.arange(0, BLOCK_K)
-        valid = (depth < gemm_k)[None, :]
-        a = tl.load(a_ptr + (row[:, None] * gemm_k + depth[None, :]), mask=valid, other=0.0)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(w_ptr + (col[:, None] * gemm_k + depth[None, :]), mask=valid, other=0.0)  # [BLOCK_N, BLOCK_K]
-        if a_bn_ptr is not None:
-            # Zero beyond the last channel, as scale and shift are there.
-            scale = load_vector(a_bn_ptr, BN_SCALE, gemm_k, depth)
-            shift = load_vector(a_bn_ptr, BN_SHIFT, gemm_k, depth)
-            a = relu(affine(a.to(tl.float32), scale, shift)).to(w.dtype)
+        a = _input_tile(
+            a_ptr, a_bn_ptr, row0, row_limit, k0, gemm_k, in_h, in_w, out_h, out_w, STRIDE, BLOCK_M, BLOCK_K
+        )
+        w = _weight_tile(w_ptr, first_col, gemm_n, k0, gemm_k, BLOCK_N, BLOCK_K)
         acc = tl.dot(a, tl.trans(w), acc, input_precision=INPUT_PRECISION)
     return acc
 
@@ -126,6 +155,7 @@ def _conv1x1_fwd_kernel(
     chunk_pixels,  # pixels of a program, a multiple of BLOCK_M
     STRIDE: tl.constexpr,
     RELU: tl.constexpr,
+    WHOLE_DEPTH: tl.constexpr,  # gemm_k <= BLOCK_K, one step, for many tiles
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -139,14 +169,15 @@ def _conv1x1_fwd_kernel(
     start = chunk * chunk_pixels
     stop = tl.minimum(start + chunk_pixels, gemm_m)
 
-    if partials_ptr is None:
-        tiles = 1
-    else:
+    tiles = 1
+    if partials_ptr is not None:
         tiles = tl.cdiv(stop - start, BLOCK_M)
         count = tl.zeros((BLOCK_M // 16, 8, 1), dtype=tl.float32)
         mean = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), dtype=tl.float32)
         m2 = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), dtype=tl.float32)
-    # Addresses hoisted out of the loop would live in registers through the epilogue.
+    if WHOLE_DEPTH:
+        w = _weight_tile(w_ptr, first_col, gemm_n, 0, gemm_k, BLOCK_N, BLOCK_K)
+    # Addresses hoisted out of the loop would live in registers through its epilogue.
     for tile in tl.range(tiles, disable_licm=True):
         row0 = start + tile * BLOCK_M
         row = tl.arange(0, BLOCK_M)
@@ -158,25 +189,29 @@ def _conv1x1_fwd_kernel(
         if residual_ptr is not None:
             # Under way while the product waits for its operands.
             residual = tl.load(residual_ptr + tile_start + elements, mask=valid, other=0.0)
-        acc = _gemm_tile(
-            a_ptr,
-            a_bn_ptr,
-            w_ptr,
-            row0,
-            stop,
-            first_col,
-            gemm_n,
-            gemm_k,
-            in_h,
-            in_w,
-            out_h,
-            out_w,
-            STRIDE if shortcut_ptr is None else 1,
-            INPUT_PRECISION,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
+        if WHOLE_DEPTH:
+            a = _input_tile(a_ptr, a_bn_ptr, row0, stop, 0, gemm_k, in_h, in_w, out_h, out_w, STRIDE, BLOCK_M, BLOCK_K)
+            acc = tl.dot(a, tl.trans(w), input_precision=INPUT_PRECISION)
+        else:
+            acc = _gemm_tile(
+                a_ptr,
+                a_bn_ptr,
+                w_ptr,
+                row0,
+                stop,
+                first_col,
+                gemm_n,
+                gemm_k,
+                in_h,
+                in_w,
+                out_h,
+                out_w,
+                STRIDE if shortcut_ptr is None else 1,
+                INPUT_PRECISION,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
         if partials_ptr is not None:
             count, mean, m2 = merge_statistics(count, mean, m2, *pair_statistics(acc, row0, stop))
         if bn_ptr is not None:
@@ -219,9 +254,10 @@ def _conv1x1_fwd_kernel(
             store_mask(mask_ptr, out > 0, row0, stop, first_col, gemm_n, BLOCK_M, BLOCK_N)
 
     if partials_ptr is not None:
-        total, mean, m2 = reduce_statistics(count, mean, m2)
+        total = tl.maximum(stop - start, 0).to(tl.float32)
+        mean, m2 = reduce_statistics(total, count, mean, m2)
         row_ptr = partials_ptr + chunk.to(tl.int64) * 3 * gemm_n + cols
-        tl.store(row_ptr, total, mask=cols < gemm_n)
+        tl.store(row_ptr, tl.zeros((BLOCK_N,), dtype=tl.float32) + total, mask=cols < gemm_n)
         tl.store(row_ptr + gemm_n, mean, mask=cols < gemm_n)
         tl.store(row_ptr + 2 * gemm_n, m2, mask=cols < gemm_n)
 
@@ -281,6 +317,7 @@ def _launch(
             chunk_pixels,
             STRIDE=stride,
             RELU=relu,
+            WHOLE_DEPTH=partials is not None and gemm_k <= config.block_k,
             INPUT_PRECISION=input_precision(x.dtype),
             **tile_options(config),
         )

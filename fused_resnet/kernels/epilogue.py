@@ -93,15 +93,14 @@ def pair_statistics(x, row0, row_limit):
 
 
 @triton.jit
-def reduce_statistics(count, mean, m2):
-    """(count, mean, M2) [N] of all that `pair_statistics` keeps apart, together; of no rows (0, 0, 0)."""
+def reduce_statistics(total, count, mean, m2):
+    """Mean and M2 [N] of all rows that `pair_statistics` keeps apart, together; ``total`` is their number."""
     groups: tl.constexpr = mean.shape[0] * mean.shape[1]
     count = tl.reshape(count, (groups, 1))
     mean = tl.reshape(mean, (groups, mean.shape[2]))
-    total = tl.sum(count, axis=0)
     center = tl.sum(count * mean, axis=0) / tl.maximum(total, 1.0)
     delta = mean - center[None, :]
-    return total, center, tl.sum(tl.reshape(m2, mean.shape) + count * delta * delta, axis=0)
+    return center, tl.sum(tl.reshape(m2, mean.shape) + count * delta * delta, axis=0)
 
 
 @triton.jit
@@ -147,12 +146,15 @@ def update_running(
 def store_mask(
     mask_ptr, positive, row0, row_limit, first_channel, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Store the bits ``positive`` [BLOCK_M, BLOCK_N] of the rows from row0: bit i of byte j is channel 8 * j + i."""
+    """Store the bits ``positive`` [BLOCK_M, BLOCK_N] of the rows from row0: bit i of byte j is channel 8 * j + i.
+
+    They must be False beyond the last channel.
+    """
     bytes_per_row = (channels + 7) // 8
-    cols = first_channel + tl.arange(0, BLOCK_N)
-    bits = (positive & (cols < channels)[None, :]).to(tl.int32)
     weights = 1 << (tl.arange(0, BLOCK_N) % 8)
-    packed = tl.sum(tl.reshape(bits * weights[None, :], (BLOCK_M, BLOCK_N // 8, 8)), axis=2)  # [BLOCK_M, BLOCK_N // 8]
+    packed = tl.sum(
+        tl.reshape(tl.where(positive, weights[None, :], 0), (BLOCK_M, BLOCK_N // 8, 8)), axis=2
+    )  # [BLOCK_M, BLOCK_N // 8]
     row = tl.arange(0, BLOCK_M)
     byte = first_channel // 8 + tl.arange(0, BLOCK_N // 8)
     offsets = row[:, None] * bytes_per_row + byte[None, :]
