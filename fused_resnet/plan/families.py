@@ -164,6 +164,8 @@ def family_of(problem: Problem, config: TileConfig | None, device: Device) -> Fa
         return "2**31 pixels or more: pixel indices are 32-bit"
     if config is not None and (config.num_warps not in (1, 2, 4, 8, 16) or config.num_stages < 1):
         return f"num_warps {config.num_warps}, num_stages {config.num_stages}"
+    if config is not None and config.maxnreg and not 32 <= config.maxnreg <= min(255, 2048 // config.num_warps):
+        return f"maxnreg {config.maxnreg} of {config.num_warps} warps: from 32 on, and an SM has 65536"
     reasons = []
     for family in FAMILIES:
         if problem.op in family.launches:
