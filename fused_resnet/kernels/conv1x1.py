@@ -114,7 +114,7 @@ def _gemm_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc [BLOCK_M, BLOCK_N] = relu(bn(a)) w^T in fp32, of the output pixels from row0 and the channels from first_col."""
+    """acc [BLOCK_M, BLOCK_N] = relu(bn(a)) w^T in fp32 of the pixels from row0, channels from first_col."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k0 in range(0, gemm_k, BLOCK_K):
         a = _input_tile(

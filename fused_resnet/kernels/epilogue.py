@@ -62,7 +62,7 @@ def tile_statistics(x, valid, count):
 
     Two passes over registers: E[x^2] - E[x]^2 would cancel for a channel whose mean is far from zero.
     """
-    mean = tl.sum(tl.where(valid[:, None], x, 0.0), axis=0) * (1.0 / count)
+    mean = tl.sum(tl.where(valid[:, None], x, 0.0), axis=0) / count
     deviation = tl.where(valid[:, None], x - mean[None, :], 0.0)  # [M, N]
     return mean, tl.sum(deviation * deviation, axis=0)
 
@@ -151,10 +151,8 @@ def store_mask(
     They must be False beyond the last channel.
     """
     bytes_per_row = (channels + 7) // 8
-    weights = 1 << (tl.arange(0, BLOCK_N) % 8)
-    packed = tl.sum(
-        tl.reshape(tl.where(positive, weights[None, :], 0), (BLOCK_M, BLOCK_N // 8, 8)), axis=2
-    )  # [BLOCK_M, BLOCK_N // 8]
+    bits = tl.where(positive, 1 << (tl.arange(0, BLOCK_N) % 8)[None, :], 0)
+    packed = tl.sum(tl.reshape(bits, (BLOCK_M, BLOCK_N // 8, 8)), axis=2)  # [BLOCK_M, BLOCK_N // 8]
     row = tl.arange(0, BLOCK_M)
     byte = first_channel // 8 + tl.arange(0, BLOCK_N // 8)
     offsets = row[:, None] * bytes_per_row + byte[None, :]

@@ -95,7 +95,6 @@ def conv1x1_heuristic(problem: Problem, device: Device) -> TileConfig:
 
     128 pixels by 64 channels on eight warps: 32 accumulators per thread leave registers for statistics, a residual,
     ReLU bits or a second accumulator. Where tiles would leave SMs idle (late stages, small batches) they shrink.
-
     """
     full, hopper, stats = problem.dtype == "float32", device.arch == 90, problem.op == "conv_stats"
     if hopper and not full and stats and problem.c <= (128 if problem.prologue else 256):
@@ -126,8 +125,8 @@ def conv1x1_heuristic(problem: Problem, device: Device) -> TileConfig:
 def _register_limit(problem: Problem, num_warps: int, device: Device) -> int:
     """`TileConfig.maxnreg` of a forward 1x1 kernel.
 
-    The more warps an SM holds, the less it waits for memory. On sm90 128 registers are enough for sixteen warps, and with
-    a second product 168 for three blocks of four. Left alone, ptxas now takes two registers more, which halves the
+    The more warps an SM holds, the less it waits for memory. On sm90 128 registers do, for sixteen warps, and with a
+    second product 168, for three blocks of four. Left alone, ptxas now takes two registers more, which halves the
     warps, now spills for the sake of more of them: the latter is what the limits of sm100 prevent.
     """
     if problem.dtype == "float32" or device.arch < 90:
@@ -262,7 +261,7 @@ def _with_split(problem: Problem, config: TileConfig, device: Device) -> TileCon
     steps = _depth_steps(problem, config)
     if problem.op != "conv_affine" or steps < 16 or 2 * tiles > device.sm_count:
         return config
-    split = replace(config, num_warps=4, split_k=min(device.sm_count // tiles, steps // 4))
+    split = replace(config, num_warps=4, split_k=min(device.sm_count // tiles, steps // 4), maxnreg=0)
     return config if _split_unsupported(problem, split) else split
 
 
