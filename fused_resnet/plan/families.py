@@ -16,6 +16,7 @@ from .tiles import (
     conv1x1_grad_heuristic,
     conv1x1_grad_unsupported,
     conv1x1_heuristic,
+    conv1x1_tiles,
     conv1x1_unsupported,
     conv3x3_heuristic,
     conv3x3_unsupported,
@@ -58,15 +59,15 @@ class Family(NamedTuple):
     """What planning knows of one file of Triton kernels.
 
     ``launches``: operator -> launch function in ``kernels/<module>.py``; ``unsupported``: its limits, as a reason or
-    None; ``heuristic``: its default tile; ``tiles``: what a tuner tries beside it; ``smem``: upper estimate of a GEMM's
-    shared memory.
+    None; ``heuristic``: its default tile; ``tiles``: what a tuner tries beside it, for every problem or as a function
+    of one; ``smem``: upper estimate of a GEMM's shared memory.
     """
 
     module: str
     launches: dict[str, str]
     unsupported: Callable[[Problem, TileConfig | None, Device], str | None]
     heuristic: Callable[[Problem, Device], TileConfig]
-    tiles: tuple[TileConfig, ...] = _GEMM_TILES
+    tiles: tuple[TileConfig, ...] | Callable[[Problem], list[TileConfig]] = _GEMM_TILES
     smem: Callable[[Problem, TileConfig], int] = gemm_smem
 
 
@@ -80,6 +81,7 @@ FAMILIES = (
         },
         conv1x1_unsupported,
         conv1x1_heuristic,
+        conv1x1_tiles,
     ),
     # In front of the other convolutions: with four channels or fewer their taps would be mostly padding.
     Family(
@@ -210,5 +212,8 @@ def candidates(problem: Problem, device: Device) -> list[TileConfig]:
         if problem.op in family.launches and family.unsupported(problem, None, device) is None:
             first = family.heuristic(problem, device)
             splits = [replace(first, split_k=split) for split in (1, first.split_k // 2) if 0 < split < first.split_k]
-            tiles |= dict.fromkeys((first, *splits, *family.tiles))
+            others = family.tiles(problem) if callable(family.tiles) else family.tiles
+            # A tile that another family in front of this one would run is that family's to name.
+            own = (tile for tile in others if family_of(problem, tile, device) is family)
+            tiles |= dict.fromkeys((first, *splits, *own))
     return [tile for tile in tiles if unsupported(problem, tile, device) is None]

@@ -155,6 +155,35 @@ def _resident_weight(problem: Problem, device: Device) -> TileConfig:
     return _deepest(problem, config, device.smem_bytes // 2)
 
 
+# Tiles of a forward 1x1 worth a measurement. On sm90 the first two put sixteen warps on an SM, the third twelve; wider
+# ones read pixels from L2 less often. Those of depth 128 and 256 are for statistics, see `_resident_weight`.
+_CONV1X1_TILES = tuple(
+    TileConfig(*tile[:5], maxnreg=tile[5])
+    for tile in (
+        (128, 64, 64, 8, 4, 128), (64, 64, 64, 4, 4, 128), (64, 128, 64, 4, 3, 168), (128, 128, 64, 8, 3, 0),
+        (128, 256, 64, 8, 3, 0), (64, 64, 128, 4, 3, 128), (64, 64, 256, 4, 2, 128), (64, 64, 256, 4, 3, 128),
+    )
+)  # fmt: skip
+# Registers per accumulator, itself included, that an epilogue takes beside 40 for addresses, as compiled for sm90.
+_PER_ACCUMULATOR = {"affine": 1, "affine+residual": 2, "join": 2, "stats": 2.5, "join_downsample": 4}
+
+
+def conv1x1_tiles(problem: Problem) -> list[TileConfig]:
+    """What a tuner tries for a 1x1 convolution: no tile that reaches past the channels, spills, or has idle stages."""
+    tiles = []
+    for tile in _CONV1X1_TILES:
+        steps = -(-problem.c // tile.block_k)
+        accumulators = tile.block_m * tile.block_n // (32 * tile.num_warps)
+        registers = 40 + _PER_ACCUMULATOR[problem.epilogue] * accumulators
+        if tile.block_n > max(64, next_power_of_two(problem.k)) or registers > (tile.maxnreg or 255):
+            continue
+        if tile.block_k <= 64:
+            tiles.append(replace(tile, num_stages=min(tile.num_stages, steps + 1)))
+        elif problem.epilogue == "stats" and tile.block_k == next_power_of_two(problem.c):
+            tiles.append(tile)
+    return tiles
+
+
 def conv1x1_grad_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
     if problem.stride != (1, 1) and (problem.op == "conv_dgrad" or (problem.op != "conv_wgrad" and problem.prologue)):
         return f"stride {problem.stride}: the result has the pixels of what it is masked by"
