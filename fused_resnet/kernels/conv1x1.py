@@ -2,7 +2,7 @@
 
 A 1x1 convolution in channels_last memory is a GEMM over pixels, acc[m, n] = sum_k a[m, k] w[n, k], with
 
-    a [M, K]  rows of the input; with a prologue relu(a * scale_a + shift_a), zero out of range **after** the affine
+    a [M, K]  rows of the input; with a prologue relu(a * scale_a + shift_a), zero beyond K **after** the affine
     w [N, K]  the weight [N, K, 1, 1] as it lies in memory
     M         output pixels n * P * Q; with a stride the row of the input is found by pixel arithmetic
 
@@ -13,6 +13,18 @@ and one of two epilogues on the fp32 accumulators:
 
 The second GEMM of the affine epilogue is a downsample. Its scale differs from the main one per output channel, so
 the two sides keep accumulators of their own: folding the scales into 16-bit weights would round them.
+
+These products are bound by memory, and next by the instructions around them, not by arithmetic. So a program has as few
+registers and conditions as can be: two or more blocks share an SM and hide each other's latency. Where statistics are
+kept, a program has many tiles of pixels, each thread those of its own rows until the last, and the weight is loaded
+once if its depth is one step. Else a program has one tile, without a loop, and its residual is under way before the
+product is.
+
+Tried on compiled code (sm90), of no help: statistics carried in memory from tile to tile (every thread of a column
+loads them: 20 registers more); 32-bit offsets alone (a thread has few rows); ReLU bits gathered in words of 32 (30
+instructions less here, 40 more in the join of `bn`); 128 channels of a tile beside a residual (one block on an SM). TMA
+descriptors bring an affine epilogue from 76 registers to about 60, but do without strides and odd channels, and have to
+be encoded on the host at every launch.
 
 Precision: products of the operands' dtype, fp32 accumulation; fp32 operands as TF32 if PyTorch's switch for
 convolutions allows it. Bits do not depend on the grid: every output is written by one program, in a fixed order.

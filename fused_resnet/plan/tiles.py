@@ -97,7 +97,7 @@ def conv1x1_heuristic(problem: Problem, device: Device) -> TileConfig:
     ReLU bits or a second accumulator. Where tiles would leave SMs idle (late stages, small batches) they shrink.
     """
     full, hopper, stats = problem.dtype == "float32", device.arch == 90, problem.op == "conv_stats"
-    if hopper and not full and stats and problem.c <= (128 if problem.prologue else 256):
+    if hopper and not full and stats and problem.c <= _resident_depth(problem):
         return _resident_weight(problem, device)
     block_m = 64 if full or (hopper and problem.epilogue == "join_downsample") else 128
     block_m = min(block_m, max(16, next_power_of_two(problem.gemm_m)))
@@ -141,6 +141,11 @@ def _statistics_programs(problem: Problem, block_n: int) -> int:
     return -(-problem.gemm_m // chunk) * -(-problem.gemm_n // block_n)
 
 
+def _resident_depth(problem: Problem) -> int:
+    """The largest depth in one step: a deferred activation passes through registers, which hold half as much."""
+    return 128 if problem.prologue else 256
+
+
 def _resident_weight(problem: Problem, device: Device) -> TileConfig:
     """A tile for statistics with the whole depth in one step.
 
@@ -170,7 +175,7 @@ _PER_ACCUMULATOR = {"affine": 1, "affine+residual": 2, "join": 2, "stats": 2.5, 
 
 def conv1x1_tiles(problem: Problem) -> list[TileConfig]:
     """What a tuner tries for a 1x1 convolution: no tile that reaches past the channels, spills, or has idle stages."""
-    tiles = []
+    tiles, resident = [], _resident_depth(problem) if problem.op == "conv_stats" else 0
     for tile in _CONV1X1_TILES:
         steps = -(-problem.c // tile.block_k)
         accumulators = tile.block_m * tile.block_n // (32 * tile.num_warps)
@@ -179,7 +184,7 @@ def conv1x1_tiles(problem: Problem) -> list[TileConfig]:
             continue
         if tile.block_k <= 64:
             tiles.append(replace(tile, num_stages=min(tile.num_stages, steps + 1)))
-        elif problem.epilogue == "stats" and tile.block_k == next_power_of_two(problem.c):
+        elif tile.block_k // 2 < problem.c <= min(tile.block_k, resident):
             tiles.append(tile)
     return tiles
 
