@@ -289,13 +289,13 @@ def test_shared_memory_limit_is_the_cards(plans):
 
 def test_candidates_of_a_1x1_fit_its_channels_and_depth():
     """Each costs seconds of a GPU: none past the channels, with idle stages, or for another kernel than its own."""
-    shallow = candidates(replace(POINTWISE, k=64), H100)
+    shallow = planning.candidates(replace(POINTWISE, k=64), H100)
     assert {tile.block_n for tile in shallow if tile.block_k} == {64}
     assert all(tile.num_stages == 2 or tile == shallow[0] for tile in shallow if tile.block_k)
-    deep = candidates(replace(POINTWISE, c=256), H100)
+    deep = planning.candidates(replace(POINTWISE, c=256), H100)
     assert [tile.num_stages for tile in deep if tile.block_k == 256] == [2, 3]
-    assert not any(tile.block_k == 256 for tile in candidates(replace(POINTWISE, c=256, prologue=True), H100))
-    strided = [tile for tile in candidates(replace(POINTWISE, c=512, stride=(2, 2)), H100) if tile.block_k]
+    assert not any(tile.block_k == 256 for tile in planning.candidates(replace(POINTWISE, c=256, prologue=True), H100))
+    strided = [tile for tile in planning.candidates(replace(POINTWISE, c=512, stride=(2, 2)), H100) if tile.block_k]
     assert len(strided) == len(set(strided)) == 3
 
 

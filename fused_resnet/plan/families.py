@@ -213,7 +213,7 @@ def candidates(problem: Problem, device: Device) -> list[TileConfig]:
             first = family.heuristic(problem, device)
             splits = [replace(first, split_k=split) for split in (1, first.split_k // 2) if 0 < split < first.split_k]
             others = family.tiles(problem) if callable(family.tiles) else family.tiles
-            # A tile that another family in front of this one would run is that family's to name.
-            own = (tile for tile in others if family_of(problem, tile, device) is family)
-            tiles |= dict.fromkeys((first, *splits, *own))
+            # What a family in front of this one would run is that family's to name.
+            named = (first, *splits, *others)
+            tiles |= dict.fromkeys(t for t in named if not tiles or family_of(problem, t, device) is family)
     return [tile for tile in tiles if unsupported(problem, tile, device) is None]
