@@ -96,7 +96,7 @@ class _Recorder:
 
     def _launch(self, *args, **kwargs) -> None:
         arguments = dict(zip(self.kernel.arg_names, args))
-        options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
+        options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in kwargs}
         self.specs.append(make_spec(self.module.__name__, self.kernel, arguments | kwargs, options))
 
 

@@ -19,6 +19,8 @@ from fused_resnet.testing import (
 
 conv1x1 = pytest.importorskip("fused_resnet.kernels.conv1x1", reason="needs Triton", exc_type=ImportError)
 
+from far import Far, run_program  # noqa: E402
+
 pytestmark = [
     pytest.mark.usefixtures("poison", "no_tf32"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning:triton"),
@@ -76,6 +78,23 @@ def test_stats(shape, prologue, dtype, generator, device):
     torch.testing.assert_close(got[0], want[0], rtol=0, atol=0)
     assert_within_budget(got[1].float(), want[1], peer[1], "mean")
     assert_within_budget(got[2].float(), want[2], peer[2], "M2")
+
+
+@pytest.mark.parametrize(
+    ("shape", "prologue"), [((2, 35, 17, 17, 65, 1), True), ((1, 65, 3, 11, 35, 2), False)], ids=["deferred", "strided"]
+)
+def test_stats_with_the_whole_depth_in_one_step(shape, prologue, generator, device):
+    """The weight stays for all tiles of a chunk, of which the last is short."""
+    a, w, _, geometry = inputs(shape, torch.float16, generator, device, prologue)
+    plan = Plan("triton", TileConfig(64, 64, 128, 4, 3), "test")
+    c, partials = conv1x1.launch_conv1x1_stats(a, w, geometry, plan)
+    ref, (want, *_) = reference.conv_stats(Deferred(*double(*a)), w.double(), geometry)
+    low, (peer, *_) = reference.conv_stats(a, w, geometry)
+    assert_within_budget(c, ref, low, "c")
+    count, mean, m2 = merged(partials)
+    torch.testing.assert_close(count, want[0], rtol=0, atol=0)
+    assert_within_budget(mean.float(), want[1], peer[1].double(), "mean")
+    assert_within_budget(m2.float(), want[2], peer[2].double(), "M2")
 
 
 def test_stats_across_chunks_and_tiles(generator, device):
@@ -146,6 +165,63 @@ def test_join(shape, downsample, prologue, dtype, generator, device):
     bits = reference.unpack_mask(mask, k)
     assert bits[out > 0].all() and (out[bits] >= 0).all() and not (bits & (ref < -1e-3)).any()
     torch.testing.assert_close(mask, reference.pack_mask(bits), rtol=0, atol=0)
+
+
+if not torch.cuda.is_available():
+    # Where kernels are compiled, these addresses would have to exist.
+
+    def far(x, row):
+        """``x``, rows of channels or bytes, whose first row is number ``row``."""
+        return Far(x, row * x.shape[3 if x.dtype == torch.uint8 else 1])
+
+    def run_last(row, out, gemm_k, monkeypatch, **arguments):
+        """The program of the pixels of ``out``, up to 16 from number ``row`` on."""
+        n, gemm_n, out_h, out_w = out.shape
+        sizes = {"gemm_m": row + n * out_h * out_w, "gemm_n": gemm_n, "gemm_k": gemm_k, "shortcut_k": 0}
+        sizes |= {"out_h": out_h, "out_w": out_w, "in_h": out_h, "in_w": out_w, "chunk_pixels": 16, "eps": 0.0}
+        sizes |= {"STRIDE": 1, "RELU": True, "WHOLE_DEPTH": False}
+        run_program(row // 16, conv1x1._conv1x1_fwd_kernel, monkeypatch, out_ptr=far(out, row), **(sizes | arguments))
+
+    def test_join_of_more_than_2_31_elements(generator, device, monkeypatch):
+        """The last 11 pixels of 800 million, where bytes of ReLU bits, too, pass 2^31."""
+        a, w, bn, _ = inputs((1, 40, 1, 11, 24, 1), torch.float32, generator, device, True)
+        side, row = random_activation((1, 24, 1, 11), torch.float32, generator), 800_000_000
+        out, mask = torch.empty_like(side), torch.empty(1, 1, 11, 3, dtype=torch.uint8)
+        pointers = {"a_ptr": far(a.c, row), "a_bn_ptr": a.bn, "w_ptr": w, "bn_ptr": bn}
+        pointers |= {"residual_ptr": far(side, row), "mask_ptr": far(mask, row)}
+        run_last(row, out, 40, monkeypatch, **pointers)
+        low, bits = reference.conv1x1_join(a, w, bn, side, None, None, 1)
+        ref, _ = reference.conv1x1_join(Deferred(*double(*a)), *double(w, bn, side), None, None, 1)
+        assert_within_budget(out, ref, low)
+        torch.testing.assert_close(mask, bits, rtol=0, atol=0)
+
+    def test_downsample_of_more_than_2_31_elements(generator, device, monkeypatch):
+        """Two images of 3 x 5 pixels, read at 2 x 3 of them, behind 66 million others."""
+        a, w, bn, _ = inputs((2, 40, 2, 3, 24, 1), torch.float32, generator, device, False)
+        (side, _), w_side, bn_side, _ = inputs((2, 48, 3, 5, 24, 2), torch.float32, generator, device, False)
+        out, image = torch.empty_like(random_activation((2, 24, 2, 3), torch.float32, generator)), 66_000_000
+        pointers = {"a_ptr": far(a.c, image * 6), "w_ptr": w, "bn_ptr": bn}
+        pointers |= {"shortcut_ptr": far(side, image * 15), "shortcut_w_ptr": w_side, "shortcut_bn_ptr": bn_side}
+        run_last(image * 6, out, 40, monkeypatch, shortcut_k=48, in_h=3, in_w=5, STRIDE=2, **pointers)
+        low, _ = reference.conv1x1_join(a, w, bn, side, w_side, bn_side, 2)
+        ref, _ = reference.conv1x1_join(Deferred(*double(*a)), *double(w, bn, side, w_side, bn_side), 2)
+        assert_within_budget(out, ref, low)
+
+    @pytest.mark.parametrize("whole_depth", [False, True])
+    def test_statistics_of_more_than_2_31_elements(whole_depth, generator, device, monkeypatch):
+        """The last 11 pixels of 800 million, whose row of statistics passes 2^31, too."""
+        a, w, _, geometry = inputs((1, 16, 1, 11, 24, 1), torch.float32, generator, device, True)
+        out, row = torch.empty_like(random_activation((1, 24, 1, 11), torch.float32, generator)), 800_000_000
+        partials = torch.empty(1, 3, 24)
+        pointers = {"a_ptr": far(a.c, row), "a_bn_ptr": a.bn, "w_ptr": w}
+        pointers |= {"partials_ptr": Far(partials, row // 16 * 3 * 24), "WHOLE_DEPTH": whole_depth, "RELU": False}
+        run_last(row, out, 16, monkeypatch, **pointers)
+        ref, (want, *_) = reference.conv_stats(Deferred(*double(*a)), w.double(), geometry)
+        low, (peer, *_) = reference.conv_stats(a, w, geometry)
+        assert_within_budget(out, ref, low)
+        torch.testing.assert_close(partials[0, 0], torch.full((24,), 11.0), rtol=0, atol=0)
+        assert_within_budget(partials[0, 1], want[1], peer[1].double(), "mean")
+        assert_within_budget(partials[0, 2], want[2], peer[2].double(), "M2")
 
 
 def test_bits_repeat(generator, device):

@@ -225,7 +225,7 @@ def test_limits_of_the_cuda_kernels_have_reasons(plans, problem, change, reason)
 @pytest.mark.parametrize(
     ("problem", "arch", "reason"),
     [
-        (POINTWISE, 90, "128x64x64, 8 warps: room for 2 blocks on an SM, 3136 output tiles on 132 SMs"),
+        (POINTWISE, 90, "64x64x64, 4 warps: room for 4 blocks on an SM, 6272 output tiles on 132 SMs"),
         (POINTWISE, 80, "128x64x64, 8 warps: room for 2 blocks on an SM, 3136 output tiles on 108 SMs"),
         (POINTWISE, 86, "128x64x64, 8 warps: room for 1 block on an SM, 3136 output tiles on 84 SMs"),
         (
@@ -271,8 +271,10 @@ def test_more_pixels_than_32_bits_are_refused():
         (TileConfig(128, 64, 48), "powers of two"),
         (TileConfig(512, 64, 64, 8), "statistics"),
         (TileConfig(256, 256, 64, 4), "accumulators"),
-        (TileConfig(128, 128, 128, 8, 4), "shared memory"),
+        (TileConfig(128, 128, 256, 8, 4), "shared memory"),
         (TileConfig(128, 64, 64, 3), "num_warps"),
+        (TileConfig(128, 64, 64, 8, maxnreg=16), "maxnreg 16"),
+        (TileConfig(128, 64, 64, 16, maxnreg=168), "65536"),
     ],
 )
 def test_impossible_tiles_have_reasons(config, reason):
@@ -283,6 +285,25 @@ def test_shared_memory_limit_is_the_cards(plans):
     tile = TileConfig(128, 128, 64, 8, 4)
     assert unsupported(POINTWISE, tile, H100) is None
     assert "101376" in unsupported(POINTWISE, tile, Device.default(86))
+
+
+def test_candidates_of_a_1x1_fit_its_channels_and_depth():
+    """Each costs seconds of a GPU: none past the channels, with idle stages, or for another kernel than its own."""
+    shallow = planning.candidates(replace(POINTWISE, k=64), H100)
+    assert {tile.block_n for tile in shallow if tile.block_k} == {64}
+    assert all(tile.num_stages == 2 or tile == shallow[0] for tile in shallow if tile.block_k)
+    deep = planning.candidates(replace(POINTWISE, c=256), H100)
+    assert [tile.num_stages for tile in deep if tile.block_k == 256] == [2, 3]
+    assert not any(tile.block_k == 256 for tile in planning.candidates(replace(POINTWISE, c=256, prologue=True), H100))
+    strided = [tile for tile in planning.candidates(replace(POINTWISE, c=512, stride=(2, 2)), H100) if tile.block_k]
+    assert len(strided) == len(set(strided)) == 3
+
+
+def test_tile_of_a_table_without_a_register_limit(plans):
+    entry = table_entry(POINTWISE, {"library": 2.0, "triton": 1.0}, TILE)
+    del entry["config"]["maxnreg"]
+    dump_table(plans / "sm90.json", 90, {}, [entry])
+    assert plan_for(POINTWISE, H100, "auto").config == TILE
 
 
 def test_table_round_trip(plans):
@@ -308,7 +329,7 @@ def test_measured_tile_that_does_not_fit_the_card(plans):
     dump_table(plans / "sm90.json", 90, {}, entries)
     small = Device(90, 16, 99 * 1024)
     plan = plan_for(POINTWISE, small, "auto")
-    assert plan.backend == "library" and "triton cannot run here: conv_stats: needs 133120 bytes" in plan.reason
+    assert plan.backend == "library" and "triton cannot run here: conv_stats: needs 147968 bytes" in plan.reason
     assert plan_for(POINTWISE, small, "triton").reason.startswith("heuristic: ")
 
 

@@ -155,12 +155,13 @@ def input_precision(dtype: torch.dtype) -> str:
 
 def map_options(config) -> dict[str, int]:
     """Tile extents and launch parameters of a pass over a map, by name."""
-    return {
+    options = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+    return {**options, "maxnreg": config.maxnreg} if config.maxnreg else options
 
 
 def tile_options(config) -> dict[str, int]:

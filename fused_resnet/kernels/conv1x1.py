@@ -2,7 +2,7 @@
 
 A 1x1 convolution in channels_last memory is a GEMM over pixels, acc[m, n] = sum_k a[m, k] w[n, k], with
 
-    a [M, K]  rows of the input; with a prologue relu(a * scale_a + shift_a), zero out of range **after** the affine
+    a [M, K]  rows of the input; with a prologue relu(a * scale_a + shift_a), zero beyond K **after** the affine
     w [N, K]  the weight [N, K, 1, 1] as it lies in memory
     M         output pixels n * P * Q; with a stride the row of the input is found by pixel arithmetic
 
@@ -13,6 +13,18 @@ and one of two epilogues on the fp32 accumulators:
 
 The second GEMM of the affine epilogue is a downsample. Its scale differs from the main one per output channel, so
 the two sides keep accumulators of their own: folding the scales into 16-bit weights would round them.
+
+These products are bound by memory, and next by the instructions around them, not by arithmetic. So a program has as few
+registers and conditions as can be: two or more blocks share an SM and hide each other's latency. Where statistics are
+kept, a program has many tiles of pixels, each thread those of its own rows until the last, and the weight is loaded
+once if its depth is one step. Else a program has one tile, without a loop, and its residual is under way before the
+product is.
+
+Tried on compiled code (sm90), of no help: statistics carried in memory from tile to tile (every thread of a column
+loads them: 20 registers more); 32-bit offsets alone (a thread has few rows); ReLU bits gathered in words of 32 (30
+instructions less here, 40 more in the join of `bn`); 128 channels of a tile beside a residual (one block on an SM). TMA
+descriptors bring an affine epilogue from 76 registers to about 60, but do without strides and odd channels, and have to
+be encoded on the host at every launch.
 
 Precision: products of the operands' dtype, fp32 accumulation; fp32 operands as TF32 if PyTorch's switch for
 convolutions allows it. Bits do not depend on the grid: every output is written by one program, in a fixed order.
@@ -42,10 +54,56 @@ from .epilogue import (
     input_rows,
     load_vector,
     merge_statistics,
+    pair_statistics,
+    reduce_statistics,
     relu,
     store_mask,
-    tile_statistics,
 )
+
+
+@triton.jit
+def _input_tile(
+    a_ptr,
+    a_bn_ptr,
+    row0,
+    row_limit,
+    k0,
+    gemm_k,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """relu(bn(a)) [BLOCK_M, BLOCK_K] of the output pixels from row0 and the channels from k0; a_bn_ptr None: a.
+
+    Zero beyond the last channel, as scale and shift are there. Beyond the last pixel it is the last one again, of which
+    nothing is stored: conditions on rows would take more instructions than the product.
+    """
+    row = tl.minimum(tl.arange(0, BLOCK_M), row_limit - row0 - 1)
+    if STRIDE == 1:
+        # Only the start of the tile can pass 2^31 elements; 64-bit offsets for all of them would cost registers.
+        a_ptr += row0.to(tl.int64) * gemm_k
+    else:
+        row = input_rows(row0 + row, in_h, in_w, out_h, out_w, STRIDE)
+    depth = k0 + tl.arange(0, BLOCK_K)
+    a = tl.load(a_ptr + (row[:, None] * gemm_k + depth[None, :]), mask=(depth < gemm_k)[None, :], other=0.0)
+    if a_bn_ptr is not None:
+        scale = load_vector(a_bn_ptr, BN_SCALE, gemm_k, depth)
+        shift = load_vector(a_bn_ptr, BN_SHIFT, gemm_k, depth)
+        a = relu(affine(a.to(tl.float32), scale, shift)).to(a.dtype)
+    return a
+
+
+@triton.jit
+def _weight_tile(w_ptr, first_col, gemm_n, k0, gemm_k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """w [BLOCK_N, BLOCK_K] from output channel first_col and input channel k0, with edges as in `_input_tile`."""
+    col = tl.minimum(tl.arange(0, BLOCK_N), gemm_n - first_col - 1)
+    depth = k0 + tl.arange(0, BLOCK_K)
+    elements = col[:, None] * gemm_k + depth[None, :]
+    return tl.load(w_ptr + first_col.to(tl.int64) * gemm_k + elements, mask=(depth < gemm_k)[None, :], other=0.0)
 
 
 @triton.jit
@@ -53,29 +111,28 @@ def _gemm_tile(
     a_ptr,
     a_bn_ptr,
     w_ptr,
-    a_rows,
-    valid_rows,
-    cols,
+    row0,
+    row_limit,
+    first_col,
     gemm_n,
     gemm_k,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    STRIDE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
 ):
-    """acc [BLOCK_M, BLOCK_N] = relu(bn(a))[a_rows, :] w[cols, :]^T in fp32; a_bn_ptr None: no prologue."""
+    """acc [BLOCK_M, BLOCK_N] = relu(bn(a)) w^T in fp32 of the pixels from row0, channels from first_col."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    a_row_ptr = a_ptr + a_rows[:, None] * gemm_k  # [BLOCK_M, 1]
-    w_row_ptr = w_ptr + cols.to(tl.int64)[:, None] * gemm_k  # [BLOCK_N, 1]
     for k0 in range(0, gemm_k, BLOCK_K):
-        depth = k0 + tl.arange(0, BLOCK_K)
-        valid = valid_rows[:, None] & (depth < gemm_k)[None, :]
-        a = tl.load(a_row_ptr + depth[None, :], mask=valid, other=0.0)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(w_row_ptr + depth[None, :], mask=(cols < gemm_n)[:, None] & (depth < gemm_k)[None, :], other=0.0)
-        if a_bn_ptr is not None:
-            scale = load_vector(a_bn_ptr, BN_SCALE, gemm_k, depth)
-            shift = load_vector(a_bn_ptr, BN_SHIFT, gemm_k, depth)
-            a = tl.where(valid, relu(affine(a.to(tl.float32), scale, shift)), 0.0).to(w.dtype)
+        a = _input_tile(
+            a_ptr, a_bn_ptr, row0, row_limit, k0, gemm_k, in_h, in_w, out_h, out_w, STRIDE, BLOCK_M, BLOCK_K
+        )
+        w = _weight_tile(w_ptr, first_col, gemm_n, k0, gemm_k, BLOCK_N, BLOCK_K)
         acc = tl.dot(a, tl.trans(w), acc, input_precision=INPUT_PRECISION)
     return acc
 
@@ -110,6 +167,7 @@ def _conv1x1_fwd_kernel(
     chunk_pixels,  # pixels of a program, a multiple of BLOCK_M
     STRIDE: tl.constexpr,
     RELU: tl.constexpr,
+    WHOLE_DEPTH: tl.constexpr,  # gemm_k <= BLOCK_K, one step, for many tiles
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -123,60 +181,77 @@ def _conv1x1_fwd_kernel(
     start = chunk * chunk_pixels
     stop = tl.minimum(start + chunk_pixels, gemm_m)
 
-    count = 0.0
-    mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    m2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for tile in range(tl.cdiv(stop - start, BLOCK_M)):
+    tiles = 1
+    if partials_ptr is not None:
+        tiles = tl.cdiv(stop - start, BLOCK_M)
+        count = tl.zeros((BLOCK_M // 16, 8, 1), dtype=tl.float32)
+        mean = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), dtype=tl.float32)
+        m2 = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), dtype=tl.float32)
+    if WHOLE_DEPTH:
+        w = _weight_tile(w_ptr, first_col, gemm_n, 0, gemm_k, BLOCK_N, BLOCK_K)
+    # Addresses hoisted out of the loop would live in registers through its epilogue.
+    for tile in tl.range(tiles, disable_licm=True):
         row0 = start + tile * BLOCK_M
-        rows = row0 + tl.arange(0, BLOCK_M)
-        valid_rows = rows < stop
-        if shortcut_ptr is None:
-            a_rows = input_rows(rows, in_h, in_w, out_h, out_w, STRIDE)
-        else:
-            a_rows = rows.to(tl.int64)
-        acc = _gemm_tile(
-            a_ptr,
-            a_bn_ptr,
-            w_ptr,
-            a_rows,
-            valid_rows,
-            cols,
-            gemm_n,
-            gemm_k,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-            INPUT_PRECISION,
-        )
+        row = tl.arange(0, BLOCK_M)
         # Only the start of the tile can pass 2^31 elements; 64-bit offsets for all of them would cost registers.
         tile_start = row0.to(tl.int64) * gemm_n
-        elements = tl.arange(0, BLOCK_M)[:, None] * gemm_n + cols[None, :]  # [BLOCK_M, BLOCK_N]
+        elements = row[:, None] * gemm_n + cols[None, :]  # [BLOCK_M, BLOCK_N]
+        valid_rows = row0 + row < stop
         valid = valid_rows[:, None] & (cols < gemm_n)[None, :]
+        if residual_ptr is not None:
+            # Under way while the product waits for its operands.
+            residual = tl.load(residual_ptr + tile_start + elements, mask=valid, other=0.0)
+        if WHOLE_DEPTH:
+            a = _input_tile(a_ptr, a_bn_ptr, row0, stop, 0, gemm_k, in_h, in_w, out_h, out_w, STRIDE, BLOCK_M, BLOCK_K)
+            acc = tl.dot(a, tl.trans(w), input_precision=INPUT_PRECISION)
+        else:
+            acc = _gemm_tile(
+                a_ptr,
+                a_bn_ptr,
+                w_ptr,
+                row0,
+                stop,
+                first_col,
+                gemm_n,
+                gemm_k,
+                in_h,
+                in_w,
+                out_h,
+                out_w,
+                STRIDE if shortcut_ptr is None else 1,
+                INPUT_PRECISION,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
         if partials_ptr is not None:
-            tile_count = tl.minimum(stop - row0, BLOCK_M).to(tl.float32)
-            tile_mean, tile_m2 = tile_statistics(acc, valid_rows, tile_count)
-            count, mean, m2 = merge_statistics(count, mean, m2, tile_count, tile_mean, tile_m2)
+            count, mean, m2 = merge_statistics(count, mean, m2, *pair_statistics(acc, row0, stop))
         if bn_ptr is not None:
             acc = affine(acc, load_vector(bn_ptr, BN_SCALE, gemm_n, cols), load_vector(bn_ptr, BN_SHIFT, gemm_n, cols))
         if var_ptr is not None:
             scale, shift = frozen_vectors(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, gemm_n, cols)
             acc = affine(acc, scale, shift)
         if residual_ptr is not None:
-            acc += tl.load(residual_ptr + tile_start + elements, mask=valid, other=0.0).to(tl.float32)
+            acc += residual.to(tl.float32)
         if shortcut_ptr is not None:
             side = _gemm_tile(
                 shortcut_ptr,
                 None,
                 shortcut_w_ptr,
-                input_rows(rows, in_h, in_w, out_h, out_w, STRIDE),
-                valid_rows,
-                cols,
+                row0,
+                stop,
+                first_col,
                 gemm_n,
                 shortcut_k,
+                in_h,
+                in_w,
+                out_h,
+                out_w,
+                STRIDE,
+                INPUT_PRECISION,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
-                INPUT_PRECISION,
             )
             acc += affine(
                 side,
@@ -185,13 +260,16 @@ def _conv1x1_fwd_kernel(
             )
         if RELU:
             acc = relu(acc)
-        tl.store(out_ptr + tile_start + elements, acc.to(out_ptr.dtype.element_ty), mask=valid)
+        out = acc.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + tile_start + elements, out, mask=valid)
         if mask_ptr is not None:
-            store_mask(mask_ptr, acc > 0, row0, stop, first_col, gemm_n, BLOCK_M, BLOCK_N)
+            store_mask(mask_ptr, out > 0, row0, stop, first_col, gemm_n, BLOCK_M, BLOCK_N)
 
     if partials_ptr is not None:
+        total = tl.maximum(stop - start, 0).to(tl.float32)
+        mean, m2 = reduce_statistics(total, count, mean, m2)
         row_ptr = partials_ptr + chunk.to(tl.int64) * 3 * gemm_n + cols
-        tl.store(row_ptr, tl.zeros((BLOCK_N,), dtype=tl.float32) + count, mask=cols < gemm_n)
+        tl.store(row_ptr, tl.zeros((BLOCK_N,), dtype=tl.float32) + total, mask=cols < gemm_n)
         tl.store(row_ptr + gemm_n, mean, mask=cols < gemm_n)
         tl.store(row_ptr + 2 * gemm_n, m2, mask=cols < gemm_n)
 
@@ -251,6 +329,7 @@ def _launch(
             chunk_pixels,
             STRIDE=stride,
             RELU=relu,
+            WHOLE_DEPTH=partials is not None and gemm_k <= config.block_k,
             INPUT_PRECISION=input_precision(x.dtype),
             **tile_options(config),
         )

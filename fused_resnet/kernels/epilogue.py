@@ -83,6 +83,33 @@ def merge_statistics(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @triton.jit
+def pair_statistics(x, row0, row_limit):
+    """Counts [M // 16, 8, 1], means and M2 [M // 16, 8, N] of the rows r and r + 8 of each 16 of x [M, N], in pairs.
+
+    One thread holds both in the tensor cores' layout, so nothing passes between threads. ``row0`` is the index of the
+    first row; those from ``row_limit`` on do not count.
+    """
+    pairs = tl.reshape(x, (x.shape[0] // 16, 2, 8, x.shape[1]))
+    first, second = tl.split(tl.permute(pairs, (0, 2, 3, 1)))  # [M // 16, 8, N]
+    row = row0 + 16 * tl.arange(0, x.shape[0] // 16)[:, None, None] + tl.arange(0, 8)[None, :, None]
+    count = (row < row_limit).to(tl.float32) + (row + 8 < row_limit).to(tl.float32)
+    second = tl.where(row + 8 < row_limit, second, first)
+    deviation = 0.5 * (first - second)
+    return count, second + deviation, 2.0 * deviation * deviation
+
+
+@triton.jit
+def reduce_statistics(total, count, mean, m2):
+    """Mean and M2 [N] of all rows that `pair_statistics` keeps apart, together; ``total`` is their number."""
+    groups: tl.constexpr = mean.shape[0] * mean.shape[1]
+    count = tl.reshape(count, (groups, 1))
+    mean = tl.reshape(mean, (groups, mean.shape[2]))
+    center = tl.sum(count * mean, axis=0) / tl.maximum(total, 1.0)
+    delta = mean - center[None, :]
+    return center, tl.sum(tl.reshape(m2, mean.shape) + count * delta * delta, axis=0)
+
+
+@triton.jit
 def store_bn(bn_ptr, channels, cols, mean, var, inv_count, gamma_ptr, beta_ptr, eps):
     """Store the five vectors of a BatchNorm from fp64 statistics; gamma_ptr, beta_ptr None: 1 and 0."""
     valid = cols < channels
@@ -125,12 +152,13 @@ def update_running(
 def store_mask(
     mask_ptr, positive, row0, row_limit, first_channel, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Store the bits ``positive`` [BLOCK_M, BLOCK_N] of the rows from row0: bit i of byte j is channel 8 * j + i."""
+    """Store the bits ``positive`` [BLOCK_M, BLOCK_N] of the rows from row0: bit i of byte j is channel 8 * j + i.
+
+    They must be False beyond the last channel.
+    """
     bytes_per_row = (channels + 7) // 8
-    cols = first_channel + tl.arange(0, BLOCK_N)
-    bits = (positive & (cols < channels)[None, :]).to(tl.int32)
-    weights = 1 << (tl.arange(0, BLOCK_N) % 8)
-    packed = tl.sum(tl.reshape(bits * weights[None, :], (BLOCK_M, BLOCK_N // 8, 8)), axis=2)  # [BLOCK_M, BLOCK_N // 8]
+    bits = tl.where(positive, 1 << (tl.arange(0, BLOCK_N) % 8)[None, :], 0)
+    packed = tl.sum(tl.reshape(bits, (BLOCK_M, BLOCK_N // 8, 8)), axis=2)  # [BLOCK_M, BLOCK_N // 8]
     row = tl.arange(0, BLOCK_M)
     byte = first_channel // 8 + tl.arange(0, BLOCK_N // 8)
     offsets = row[:, None] * bytes_per_row + byte[None, :]

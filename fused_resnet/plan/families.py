@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from .tiles import (
     conv1x1_grad_heuristic,
     conv1x1_grad_unsupported,
     conv1x1_heuristic,
+    conv1x1_tiles,
     conv1x1_unsupported,
     conv3x3_heuristic,
     conv3x3_unsupported,
@@ -32,20 +33,16 @@ from .tiles import (
     stem_unsupported,
 )
 
-# Tiles worth a measurement beside the heuristic's own.
-_GEMM_TILES = tuple(
-    TileConfig(*tile)
-    for tile in (
-        (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 64, 64, 4, 4), (128, 64, 64, 8, 3), (64, 128, 64, 4, 4),
-        (64, 64, 64, 4, 4), (128, 256, 64, 8, 3), (256, 64, 64, 8, 3), (64, 256, 64, 8, 3), (64, 64, 128, 4, 3),
-    )
-)  # fmt: skip
-
 
 def _tiles(*tiles: tuple[int, ...]) -> tuple[TileConfig, ...]:
     return tuple(TileConfig(*tile) for tile in tiles)
 
 
+# Tiles worth a measurement beside the heuristic's own.
+_GEMM_TILES = _tiles(
+    (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 64, 64, 4, 4), (128, 64, 64, 8, 3), (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4), (128, 256, 64, 8, 3), (256, 64, 64, 8, 3), (64, 256, 64, 8, 3), (64, 64, 128, 4, 3),
+)  # fmt: skip
 # Wide tiles that read an operand once, on eight and on sixteen warps, and small ones of which two or more blocks share
 # an SM; for the input, whole depths of res2 and res3.
 _DGRAD_TILES = _tiles(
@@ -74,12 +71,9 @@ _MATRIX_TILES = {
     op: _tiles((64, 32, 32, 4, 2), (32, 32, 32, 4, 2), (128, 32, 32, 8, 2), (64, 64, 32, 8, 2)) for op in MATRIX_OPS
 } | {"cross_sums": _tiles((32, 32, 0, 4, 2), (128, 32, 0, 4, 2), (256, 16, 0, 4, 2))}
 # Depths of a 7x7 kernel's rows; the gradient's have pixels last.
-_STEM_TILES = tuple(
-    TileConfig(*tile)
-    for tile in (
-        (64, 64, 32, 4, 1), (128, 64, 32, 4, 1), (64, 32, 32, 4, 1), (128, 32, 32, 4, 1), (64, 64, 32, 4, 2),
-        (128, 64, 32, 8, 1), (64, 32, 64, 4, 1), (64, 32, 64, 4, 2), (64, 32, 128, 4, 1), (64, 32, 64, 8, 1),
-    )
+_STEM_TILES = _tiles(
+    (64, 64, 32, 4, 1), (128, 64, 32, 4, 1), (64, 32, 32, 4, 1), (128, 32, 32, 4, 1), (64, 64, 32, 4, 2),
+    (128, 64, 32, 8, 1), (64, 32, 64, 4, 1), (64, 32, 64, 4, 2), (64, 32, 128, 4, 1), (64, 32, 64, 8, 1),
 )  # fmt: skip
 _MAP_TILES = tuple(
     TileConfig(m, n, 0, warps, 2)
@@ -91,15 +85,15 @@ class Family(NamedTuple):
     """What planning knows of one file of Triton kernels.
 
     ``launches``: operator -> launch function in ``kernels/<module>.py``; ``unsupported``: its limits, as a reason or
-    None; ``heuristic``: its default tile; ``tiles``: what a tuner tries beside it, where operators differ by operator;
-    ``smem``: upper estimate of a GEMM's shared memory.
+    None; ``heuristic``: its default tile; ``tiles``: what a tuner tries beside it, for every problem or as a function
+    of one; ``smem``: upper estimate of a GEMM's shared memory.
     """
 
     module: str
     launches: dict[str, str]
     unsupported: Callable[[Problem, TileConfig | None, Device], str | None]
     heuristic: Callable[[Problem, Device], TileConfig]
-    tiles: tuple[TileConfig, ...] | dict[str, tuple[TileConfig, ...]] = _GEMM_TILES
+    tiles: tuple[TileConfig, ...] | Callable[[Problem], Iterable[TileConfig]] = _GEMM_TILES
     smem: Callable[[Problem, TileConfig], int] = gemm_smem
 
 
@@ -113,6 +107,7 @@ FAMILIES = (
         },
         conv1x1_unsupported,
         conv1x1_heuristic,
+        conv1x1_tiles,
     ),
     # In front of the other convolutions: with four channels or fewer their taps would be mostly padding.
     Family(
@@ -137,7 +132,7 @@ FAMILIES = (
         },
         conv1x1_grad_unsupported,
         conv1x1_grad_heuristic,
-        _GRAD_TILES,
+        lambda problem: _GRAD_TILES[problem.op],
     ),
     Family(
         "conv3x3",
@@ -156,14 +151,14 @@ FAMILIES = (
         {op: f"launch_{op}" for op in sorted(PRODUCT_OPS)},
         moments_unsupported,
         moments_heuristic,
-        _MOMENTS_TILES,
+        lambda problem: _MOMENTS_TILES[problem.op],
     ),
     Family(
         "moments_matrices",
         {op: f"launch_{op}" for op in sorted(_MATRIX_TILES)},
         moments_unsupported,
         moments_heuristic,
-        _MATRIX_TILES,
+        lambda problem: _MATRIX_TILES[problem.op],
     ),
     Family(
         "bn",
@@ -206,6 +201,8 @@ def family_of(problem: Problem, config: TileConfig | None, device: Device) -> Fa
         return "2**31 pixels or more: pixel indices are 32-bit"
     if config is not None and (config.num_warps not in (1, 2, 4, 8, 16) or config.num_stages < 1):
         return f"num_warps {config.num_warps}, num_stages {config.num_stages}"
+    if config is not None and config.maxnreg and not 32 <= config.maxnreg <= min(255, 2048 // config.num_warps):
+        return f"maxnreg {config.maxnreg} of {config.num_warps} warps: from 32 on, and an SM has 65536"
     reasons = []
     for family in FAMILIES:
         if problem.op in family.launches:
@@ -250,6 +247,8 @@ def candidates(problem: Problem, device: Device) -> list[TileConfig]:
         if problem.op in family.launches and family.unsupported(problem, None, device) is None:
             first = family.heuristic(problem, device)
             splits = [replace(first, split_k=split) for split in (1, first.split_k // 2) if 0 < split < first.split_k]
-            own = family.tiles if isinstance(family.tiles, tuple) else family.tiles[problem.op]
-            tiles |= dict.fromkeys((first, *splits, *own))
+            others = family.tiles(problem) if callable(family.tiles) else family.tiles
+            # What a family in front of this one would run is that family's to name.
+            named = (first, *splits, *others)
+            tiles |= dict.fromkeys(t for t in named if not tiles or family_of(problem, t, device) is family)
     return [tile for tile in tiles if unsupported(problem, tile, device) is None]

@@ -5,14 +5,18 @@ from __future__ import annotations
 from .families import family_of
 from .problem import Device, Problem, TileConfig
 
-# Threads that an SM holds at most; registers may allow fewer, which only the compiler knows.
+# Threads that an SM holds at most; registers may allow fewer, which only the compiler knows where a tile sets no limit.
 _THREADS = {86: 1536, 89: 1536}
+_REGISTERS = 65536
 _RESERVED = 1024  # bytes of shared memory that the driver keeps of every block
 
 
 def blocks_per_sm(problem: Problem, config: TileConfig, device: Device) -> int:
-    """Thread blocks that shared memory and threads of an SM have room for."""
-    blocks = _THREADS.get(device.arch, 2048) // (32 * config.num_warps)
+    """Thread blocks that shared memory, threads and, where the tile limits them, registers of an SM have room for."""
+    threads = 32 * config.num_warps
+    blocks = _THREADS.get(device.arch, 2048) // threads
+    if config.maxnreg:
+        blocks = min(blocks, _REGISTERS // (threads * config.maxnreg))
     if config.block_k:
         # An SM has what one block may have at most, and the driver's part of that block.
         smem = family_of(problem, config, device).smem(problem, config)

@@ -110,7 +110,8 @@ class Problem:
 class TileConfig:
     """Tile extents (pixels, channels, depth) and launch parameters of a Triton kernel; ``block_k`` 0: no GEMM.
 
-    ``split_k``: programs that share the depth of one tile, for kernels that can.
+    ``split_k``: programs that share the depth of one tile, for kernels that can. ``maxnreg``: registers that a thread
+    may take, so that more blocks share an SM; 0 leaves it to the compiler.
     """
 
     block_m: int
@@ -119,6 +120,7 @@ class TileConfig:
     num_warps: int = 4
     num_stages: int = 3
     split_k: int = 1
+    maxnreg: int = 0
 
 
 class Measured(NamedTuple):

@@ -46,6 +46,10 @@ def gemm_smem(problem: Problem, config: TileConfig) -> int:
         # Two operands and two weights; the operand whose ReLU bits are applied is written back for the tensor cores.
         rows = config.block_n + config.num_stages * config.block_m
         return rows * (config.block_k + config.block_n) * ITEMSIZE[problem.dtype] + 2048
+    if problem.op == "conv_stats" and (problem.r, problem.s) == (1, 1) and problem.c <= config.block_k:
+        # The weight stays, and the pipeline runs over tiles, with their epilogues in it.
+        operands = (config.num_stages * config.block_m + config.block_n) * config.block_k * ITEMSIZE[problem.dtype]
+        return operands + config.block_m * config.block_n * 4 + 512
     plain = (problem.r, problem.s, problem.stride) == (1, 1, (1, 1))
     deferred = problem.prologue if problem.op == "conv_dgrad" else plain and problem.op == "conv_wgrad"
     rows = config.block_m * (2 if deferred else 1) + config.block_n
@@ -99,29 +103,99 @@ def conv1x1_heuristic(problem: Problem, device: Device) -> TileConfig:
     """A tile for a 1x1 convolution.
 
     128 pixels by 64 channels on eight warps: 32 accumulators per thread leave registers for statistics, a residual,
-    ReLU bits or a second accumulator. Twice as many spill in one of these epilogues or another on sm90 and sm100
-    (tests compile them all); where they pay, measurement finds them. Where tiles would leave SMs idle (late stages,
-    small batches) they shrink.
+    ReLU bits or a second accumulator. Where tiles would leave SMs idle (late stages, small batches) they shrink.
     """
-    full = problem.dtype == "float32"
-    block_m = min(64 if full else 128, max(16, next_power_of_two(problem.gemm_m)))
+    full, hopper, stats = problem.dtype == "float32", device.arch == 90, problem.op == "conv_stats"
+    if hopper and not full and stats and problem.c <= _resident_depth(problem):
+        return _resident_weight(problem, device)
+    block_m = 64 if full or (hopper and problem.epilogue == "join_downsample") else 128
+    block_m = min(block_m, max(16, next_power_of_two(problem.gemm_m)))
     block_n = min(64, max(16, next_power_of_two(problem.gemm_n)))
     block_k = min(32 if full else 64, max(16, next_power_of_two(problem.gemm_k)))
-    if problem.op == "conv_stats":
+    if stats:
         # The pixel extent of a program is its row of statistics, whatever the tile: only channels can be split.
-        chunk = chunk_pixels(max(1, problem.gemm_m), statistics_rows(problem.gemm_n))
-        if -(-problem.gemm_m // chunk) * -(-problem.gemm_n // block_n) < device.sm_count:
-            block_n = min(32, block_n)
+        if _statistics_programs(problem, block_n) < device.sm_count:
+            block_m, block_n = min(64, block_m), min(32, block_n)
     elif -(-problem.gemm_m // block_m) * -(-problem.gemm_n // block_n) < device.sm_count:
         block_m = min(64, block_m)
     # fp32 operands take twice the registers of 16-bit ones.
     num_warps = 8 if block_m * block_n >= (64 if full else 128) * 64 else 4
-    for num_stages in (4, 3, 2):
-        config = TileConfig(block_m, block_n, block_k, num_warps, num_stages)
+    maxnreg = _register_limit(problem, num_warps, device)
+    # One more stage than there are steps stays empty.
+    steps = -(-problem.gemm_k // block_k)
+    for num_stages in range(min(4, steps + 1), 1, -1):
+        config = TileConfig(block_m, block_n, block_k, num_warps, num_stages, maxnreg=maxnreg)
         # Two blocks on an SM hide each other's epilogue, so one takes at most half of the shared memory.
         if gemm_smem(problem, config) <= device.smem_bytes // 2:
             break
     return _with_split(problem, config, device)
+
+
+def _register_limit(problem: Problem, num_warps: int, device: Device) -> int:
+    """`TileConfig.maxnreg` of a forward 1x1 kernel.
+
+    The more warps an SM holds, the less it waits for memory. On sm90 128 registers do, for sixteen warps, and with a
+    second product 168, for three blocks of four. Left alone, ptxas now takes two registers more, which halves the
+    warps, now spills for the sake of more of them: the latter is what the limits of sm100 prevent.
+    """
+    if problem.dtype == "float32" or device.arch < 90:
+        return 0
+    if device.arch == 90:
+        return 168 if problem.epilogue == "join_downsample" else 128
+    return 168 if num_warps == 4 else 128 if problem.epilogue == "join" else 0
+
+
+def _statistics_programs(problem: Problem, block_n: int) -> int:
+    chunk = chunk_pixels(max(1, problem.gemm_m), statistics_rows(problem.gemm_n))
+    return -(-problem.gemm_m // chunk) * -(-problem.gemm_n // block_n)
+
+
+def _resident_depth(problem: Problem) -> int:
+    """The largest depth in one step: a deferred activation passes through registers, which hold half as much."""
+    return 128 if problem.prologue else 256
+
+
+def _resident_weight(problem: Problem, device: Device) -> TileConfig:
+    """A tile for statistics with the whole depth in one step.
+
+    A program then loads its part of the weight once, not from L2 for each of its tiles, and the pipeline runs on from
+    tile to tile: the next pixels arrive while statistics of these are taken.
+    """
+    block_m = min(64, max(16, next_power_of_two(problem.gemm_m)))
+    block_n = min(64, max(16, next_power_of_two(problem.gemm_n)))
+    if _statistics_programs(problem, block_n) < device.sm_count:
+        block_n = min(32, block_n)
+    config = TileConfig(block_m, block_n, max(16, next_power_of_two(problem.c)), 4, 3, maxnreg=128)
+    return _deepest(problem, config, device.smem_bytes // 2)
+
+
+# Tiles of a forward 1x1 worth a measurement. On sm90 the first two put sixteen warps on an SM, the third twelve; wider
+# ones read pixels from L2 less often. Those of depth 128 and 256 are for statistics, see `_resident_weight`.
+_CONV1X1_TILES = tuple(
+    TileConfig(*tile[:5], maxnreg=tile[5])
+    for tile in (
+        (128, 64, 64, 8, 4, 128), (64, 64, 64, 4, 4, 128), (64, 128, 64, 4, 3, 168), (128, 128, 64, 8, 3, 0),
+        (128, 256, 64, 8, 3, 0), (64, 64, 128, 4, 3, 128), (64, 64, 256, 4, 2, 128), (64, 64, 256, 4, 3, 128),
+    )
+)  # fmt: skip
+# Registers per accumulator, itself included, that an epilogue takes beside 40 for addresses, as compiled for sm90.
+_PER_ACCUMULATOR = {"affine": 1, "affine+residual": 2, "join": 2, "stats": 2.5, "join_downsample": 4}
+
+
+def conv1x1_tiles(problem: Problem) -> list[TileConfig]:
+    """What a tuner tries for a 1x1 convolution: no tile that reaches past the channels, spills, or has idle stages."""
+    tiles, resident = [], _resident_depth(problem) if problem.op == "conv_stats" else 0
+    for tile in _CONV1X1_TILES:
+        steps = -(-problem.c // tile.block_k)
+        accumulators = tile.block_m * tile.block_n // (32 * tile.num_warps)
+        registers = 40 + _PER_ACCUMULATOR[problem.epilogue] * accumulators
+        if tile.block_n > max(64, next_power_of_two(problem.k)) or registers > (tile.maxnreg or 255):
+            continue
+        if tile.block_k <= 64:
+            tiles.append(replace(tile, num_stages=min(tile.num_stages, steps + 1)))
+        elif tile.block_k // 2 < problem.c <= min(tile.block_k, resident):
+            tiles.append(tile)
+    return tiles
 
 
 def conv1x1_grad_unsupported(problem: Problem, config: TileConfig | None, device: Device) -> str | None:
@@ -240,7 +314,7 @@ def _with_split(problem: Problem, config: TileConfig, device: Device) -> TileCon
     steps = _depth_steps(problem, config)
     if problem.op != "conv_affine" or steps < 16 or 2 * tiles > device.sm_count:
         return config
-    split = replace(config, num_warps=4, split_k=min(device.sm_count // tiles, steps // 4))
+    split = replace(config, num_warps=4, split_k=min(device.sm_count // tiles, steps // 4), maxnreg=0)
     return config if _split_unsupported(problem, split) else split
 
 
