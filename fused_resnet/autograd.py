@@ -516,7 +516,6 @@ def run_chain(
     x: Tensor, residual: Tensor | None, units: list[ConvBN], shortcut: ConvBN | None, options: Options
 ) -> Tensor:
     """Pick the path for a checked chain: inference, training, or the library's operators."""
-    units, shortcut = [_packed(unit) for unit in units], None if shortcut is None else _packed(shortcut)
     everyone = [*units, shortcut] if shortcut is not None else units
     synced = any(unit.batch_stats and unit.sync for unit in everyone)
     if x.shape[0] == 0:
@@ -525,8 +524,8 @@ def run_chain(
             shortcut = None if shortcut is None else _without_buffers(shortcut)
             return _chain_library(x, residual, [_without_buffers(u) for u in units], shortcut, options)
         options = options._replace(impl="reference")  # the other processes wait for this one's counts: of nothing
-    parameters = [p for unit in everyone for p in (unit.w, unit.gamma, unit.beta)]
-    training = _wants_gradients((x, residual, *parameters)) or any(unit.batch_stats for unit in everyone)
+    wanting = _wants_gradients((x, residual, *(p for unit in everyone for p in unit[:3])))
+    training = wanting or any(unit.batch_stats for unit in everyone)
     if is_transformed():
         if synced or options.impl != "auto":
             raise planning.Unsupported(
@@ -545,8 +544,11 @@ def run_chain(
             options = options._replace(scheme=chosen.scheme)
     x = channels_last(x)
     residual = None if residual is None else channels_last(residual)
+    everyone = [_packed(unit) for unit in everyone]
+    units, shortcut = everyone[: len(units)], None if shortcut is None else everyone[-1]
     if not training:
         return _chain_inference(x, residual, units, shortcut, options)
+    parameters = [p for unit in everyone for p in unit[:3]]
     options = options._replace(scheme=_scheme(units, shortcut, options, x.dtype))
     if residual is not None and not options.relu:  # a sum that nothing follows keeps no mask
         return _Chain.apply(x, None, units, shortcut, options, *parameters) + residual
