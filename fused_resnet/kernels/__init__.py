@@ -48,9 +48,8 @@ def require_channels(channels: int, **vectors: Tensor | None) -> None:
 
 def require_frozen(bn, channels: int) -> tuple:
     """The buffers of a BatchNorm (mean, var, gamma | None, beta | None, eps) if they are [channels]; ValueError."""
-    mean, var, gamma, beta, eps = bn
-    require_channels(channels, running_mean=mean, running_var=var, gamma=gamma, beta=beta)
-    return mean, var, gamma, beta, eps
+    require_channels(channels, **{f"bn.{field}": vector for field, vector in bn._asdict().items() if field != "eps"})
+    return tuple(bn)
 
 
 def require_partials(name: str, x: Tensor, rows: int) -> Tensor:
