@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from few_rows import FewRows
 
 from fused_resnet import reference
 from fused_resnet.plan import Device, Plan, Problem, TileConfig, plan_for, triton_plan
@@ -26,14 +27,6 @@ pytestmark = [
 ]
 DTYPES = ["float32", "bfloat16"] + ["float16"] * torch.cuda.is_available()
 H100 = Device.default(90)
-
-
-class FewRows(Plan):
-    """A plan with few rows of statistics: the interpreter runs a program for each of them, used or not."""
-
-    @staticmethod
-    def statistics_rows(channels: int) -> int:
-        return 3
 
 
 PLAN = FewRows("triton", TileConfig(16, 32), "test")
