@@ -56,6 +56,12 @@ def choices(tasks: list[tuning.Task], device: plan.Device) -> list[tuning.Task]:
     return list(tuning.in_graphs(tuning.with_kernels(tasks, device)))
 
 
+def unshipped(tasks: list[tuning.Task], arch: int) -> list[tuning.Task]:
+    """Those that the package's table lacks."""
+    shipped = plan.load_table(plan.PLANS / f"sm{arch}.json", arch)
+    return [task for task in tasks if task.problem not in shipped]
+
+
 def kind_of(task: tuning.Task) -> str:
     """Which of `KINDS` a task is."""
     if task.problem.op == plan.STAGE_OP:
@@ -137,8 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         work = [task for task in choices(tasks, bench.device) if arguments.only in (None, kind_of(task))]
         rounds = [work]
         if arguments.own:
-            shipped = plan.load_table(plan.PLANS / f"sm{bench.device.arch}.json", bench.device.arch)
-            work = [task for task in work if task.problem not in shipped]
+            work = unshipped(work, bench.device.arch)
             rounds = [[task for task in work if kind_of(task) == "blocks"], work]
         try:
             for now in rounds:
