@@ -41,6 +41,7 @@ from . import (
     on_device_of,
     require_frozen,
     require_like,
+    require_pixels,
     require_pointwise,
     require_rows,
     require_vectors,
@@ -288,19 +289,15 @@ def _launch(
     side=None,
 ):  # fmt: skip
     """Launch the kernel on checked operands. ``side``: (x_s, w_s, bn_s) of a second GEMM, strided by ``stride``."""
-    n, gemm_k, in_h, in_w = x.shape
-    gemm_n, out_h, out_w = out.shape[1:]
+    (n, gemm_n, out_h, out_w), gemm_k, config = out.shape, x.shape[1], plan.config
     gemm_m = n * out_h * out_w
     side_x, side_w, side_bn = side or (None, None, None)
-    if side is not None:
-        in_h, in_w = side_x.shape[2:]
-    config = plan.config
+    strided = x if side is None else side_x
     if partials is None:
         chunks, chunk_pixels = triton.cdiv(gemm_m, config.block_m), config.block_m
     else:
         chunks, chunk_pixels = partials.shape[0], plan.chunk_pixels(gemm_m, partials.shape[0])
-    if chunks * chunk_pixels >= 2**31 or n * in_h * in_w >= 2**31:
-        raise ValueError(f"{gemm_m} output pixels: pixel indices are 32-bit")
+    require_pixels(strided, chunks * chunk_pixels)
     grid = (chunks * triton.cdiv(gemm_n, config.block_n),)
     if grid[0] == 0:
         return
@@ -322,8 +319,7 @@ def _launch(
             gemm_n,
             gemm_k,
             0 if side is None else side_x.shape[1],
-            in_h,
-            in_w,
+            *strided.shape[2:],
             out_h,
             out_w,
             chunk_pixels,
