@@ -252,7 +252,7 @@ def test_wrong_arguments_are_named(generator, device):
     with pytest.raises(ValueError, match="bn must be"):
         conv1x1.launch_conv1x1_join(a, w, bn[:, :5], a.c, None, None, 1, PLAN)
     frozen = random_frozen(32, generator, device)
-    with pytest.raises(ValueError, match="bn.var must be"):
+    with pytest.raises(ValueError, match="running_var must be"):
         conv1x1.launch_conv1x1_affine(a.c, w, frozen._replace(var=frozen.var[:5]), None, True, geometry, PLAN)
     with pytest.raises(ValueError, match="residual"):
         conv1x1.launch_conv1x1_affine(a.c, w, frozen, a.c, True, geometry, PLAN)
