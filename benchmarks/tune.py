@@ -133,10 +133,9 @@ def _go_on(argv: list[str], budget: float) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    start = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
-    stop = start + arguments.budget
+    stop = time.monotonic() + arguments.budget
     if min(*arguments.batches, arguments.size) < 1 or not arguments.budget > 0:
         print("--batches, --size, --budget: expected positive numbers", file=sys.stderr)
         return 2
