@@ -23,13 +23,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import fused_resnet
-from fused_resnet import ops, plan, tuned
+from fused_resnet import ops, plan, tuned, tuning
 from fused_resnet.models import BUILDERS
 from fused_resnet.plan import IMPLS
 
@@ -149,14 +150,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(line, widths)), line[-1]]).rstrip() for line in lines)
 
 
-def _words(arguments: argparse.Namespace, seconds: float) -> list[str]:
-    """The options of `benchmarks.tune` for these cases."""
-    words = ["--own", "--budget", f"{seconds:.0f}", "--size", str(arguments.size)]
-    for option in ("models", "batches", "dtypes", "modes"):
-        words += [f"--{option}", *map(str, getattr(arguments, option))]
-    return words
-
-
 def _spawn(words: list[str], seconds: float, log: Path) -> int:
     """`benchmarks.tune` in a process of its own, which a wrong kernel may take down: its exit status. TimeoutExpired:
     it outlasted its time, and was ended."""
@@ -177,6 +170,29 @@ def _card() -> plan.Device:
     return ops.device_of(torch.empty(0, device="cuda"), "auto")
 
 
+def _left(tasks: list[tuning.Task]) -> int:
+    """How many of these are to be measured into the user's own table, by what the tables have now."""
+    ops.forget_plans()
+    card = _card()
+    own = {} if card.tuned is None else card.tuned.measured
+    return len(tuning.to_measure(tune.unshipped(tasks, card.arch), own))
+
+
+def _fill_table(arguments: argparse.Namespace, seconds: float, log: Path) -> None:
+    """Measure for these cases for so long; says if that ended badly, which leaves the rest to the library."""
+    words = ["--own", "--budget", f"{seconds:.0f}", "--size", str(arguments.size)]
+    for option in ("models", "batches", "dtypes", "modes"):
+        words += [f"--{option}", *map(str, getattr(arguments, option))]
+    try:
+        # Half a minute more for its start and its last problem.
+        status = _spawn(words, seconds + 30, log)
+    except subprocess.TimeoutExpired:
+        print(f"tuning: a problem took too long, see the end of {log}; going on without it", file=sys.stderr)
+    else:
+        if status not in (0, 3):
+            print(f"tuning: ended with status {status}, see the end of {log}; going on", file=sys.stderr)
+
+
 def _tune(arguments: argparse.Namespace, results: Results) -> None:
     """Measure what no table has of the cases' problems. Says what came of it, and puts it down in the results."""
     if "auto" not in arguments.impl or not arguments.tune:
@@ -186,29 +202,32 @@ def _tune(arguments: argparse.Namespace, results: Results) -> None:
         return
     start, log = time.monotonic(), arguments.out / "tune.log"
     options = arguments.models, arguments.batches, arguments.dtypes, arguments.modes, arguments.size
-    problems = {task.problem for task in tune.choices(tune.problems(*options), _card())}
-    missing = problems - plan.measurements(_card()).keys()
+    tasks = tune.choices(tune.problems(*options), _card())
+    missing = left = _left(tasks)
     if missing:
-        print(f"tuning: {len(missing)} of {len(problems)} problems to measure; {log} says how it goes", flush=True)
-        budget = max(1.0, arguments.tune - (time.monotonic() - start))
-        try:
-            # Half a minute more for its start and its last problem.
-            status = _spawn(_words(arguments, budget), budget + 30, log)
-        except subprocess.TimeoutExpired:
-            print(f"tuning: a problem took too long, see the end of {log}; going on without it", file=sys.stderr)
-        else:
-            if status not in (0, 3):
-                print(f"tuning: ended with status {status}, see the end of {log}; going on", file=sys.stderr)
-    ops.forget_plans()
-    left, seconds = problems - plan.measurements(_card()).keys(), time.monotonic() - start
-    counts = {"problems": len(problems), "measured": len(missing) - len(left), "left": len(left)}
-    table = tuned.location(_card().arch, torch.cuda.get_device_name())
-    results.content["tuning"] = {**counts, "seconds": seconds, "table": str(table)}
+        print(f"tuning: {missing} of {len(tasks)} problems to measure; {log} says how it goes", flush=True)
+        _fill_table(arguments, max(1.0, arguments.tune - (time.monotonic() - start)), log)
+        left = _left(tasks)
+    measured, seconds = missing - left, time.monotonic() - start
+    table = str(tuned.location(_card().arch, torch.cuda.get_device_name()))
+    counts = {"problems": len(tasks), "measured": measured, "left": left}
+    results.content["tuning"] = {**counts, "seconds": seconds, "table": table}
     results.write()
     print(
-        f"tuning: {counts['measured']} of {len(problems)} problems measured in {seconds:.0f} s into {table}, "
-        + (f"{len(left)} left, which the library runs until the next run goes on" if left else "none left")
+        f"tuning: {measured} of {len(tasks)} problems measured in {seconds:.0f} s into {table}, "
+        f"{f'{left} left for the next run' if left else 'none left'}"
     )
+
+
+def _show(name: str, outcome: parity.Parity) -> None:
+    print(f"{name}: {'passed' if outcome.passed else 'FAILED'}")
+    for check in outcome.checks:
+        mark = "" if check.passed else "   <- beyond the limit"
+        print(f"    {check.what:22} error {check.error:.2e}, torchvision {check.peer_error:.2e}{mark}")
+    pairs = list(zip(outcome.losses_fused, outcome.losses_torchvision))
+    if pairs:
+        shown = "  ".join(f"{a:.3f}/{b:.3f}" for a, b in pairs[::4])
+        print(f"    losses fused/torchvision, every fourth step: {shown}")
 
 
 def _prove(arguments: argparse.Namespace, cases: list[Case], results: Results) -> bool:
@@ -219,37 +238,28 @@ def _prove(arguments: argparse.Namespace, cases: list[Case], results: Results) -
     if device == "cpu" and impls == ["auto"]:
         impls = ["reference"]  # under "auto" a CPU runs the library's operators: nothing would be proven
     passed, proven = True, set()
-    for case in cases:
-        for impl, graph in ((impl, graph) for impl in impls for graph in (False, True)):
-            small = case if device == "cuda" else case._replace(size=_PARITY_SIZE_ON_CPU)
-            name = f"parity {case.model} {case.mode} {case.dtype} {impl}"
-            if card is not None:
-                name += f", by the plans of batch {case.batch}{' in a CUDA graph' if graph else ''}"
-            try:
-                plans = parity.plans_of(small, impl, card, graph)
-                key = (*small._replace(batch=0), impl, str(sorted(plans.items(), key=str)))
-                if key in proven:
-                    continue
-                proven.add(key)
-                outcome = parity.check(small, impl, plans, card)
-            except fused_resnet.Unsupported as error:
-                print(f"{name}: cannot run: {error}")
+    for case, impl, graph in product(cases, impls, (False, True)):
+        small = case if device == "cuda" else case._replace(size=_PARITY_SIZE_ON_CPU)
+        name = f"parity {case.model} {case.mode} {case.dtype} {impl}"
+        if card is not None:
+            name += f", by the plans of batch {case.batch}{' in a CUDA graph' if graph else ''}"
+        try:
+            plans = parity.plans_of(small, impl, card, graph)
+            key = (*small._replace(batch=0), impl, str(sorted(plans.items(), key=str)))
+            if key in proven:
                 continue
-            except Exception as error:  # as bad as a wrong result; the others are still looked at
-                traceback.print_exc()
-                print(f"{name}: FAILED: {_failure(error)}")
-                passed = False
-                continue
+            proven.add(key)
+            outcome = parity.check(small, impl, plans, card)
+        except fused_resnet.Unsupported as error:
+            print(f"{name}: cannot run: {error}")
+        except Exception as error:  # as bad as a wrong result; the others are still looked at
+            traceback.print_exc()
+            print(f"{name}: FAILED: {_failure(error)}")
+            passed = False
+        else:
             results.add("parity", {**outcome.to_json(), "plans_of_batch": case.batch, "graph": graph})
             passed &= outcome.passed
-            print(f"{name}: {'passed' if outcome.passed else 'FAILED'}")
-            for check in outcome.checks:
-                mark = "" if check.passed else "   <- beyond the limit"
-                print(f"    {check.what:22} error {check.error:.2e}, torchvision {check.peer_error:.2e}{mark}")
-            pairs = zip(outcome.losses_fused, outcome.losses_torchvision)
-            shown = [f"{a:.3f}/{b:.3f}" for a, b in list(pairs)[::4]]
-            if shown:
-                print(f"    losses fused/torchvision, every fourth step: {'  '.join(shown)}")
+            _show(name, outcome)
     return passed
 
 
@@ -274,11 +284,9 @@ def _check_options(arguments: argparse.Namespace, device: str) -> str | None:
         for value in values:
             if value not in allowed:
                 return f"{option}: expected one of {', '.join(allowed)}, got {value!r}"
-    for option, values in (("--batches", arguments.batches), ("--size", [arguments.size])):
-        for value in values:
-            if value < 1:
-                return f"{option}: expected a positive integer, got {value}"
-    if min(arguments.size, 32) < 32:
+    if min(arguments.batches) < 1:
+        return f"--batches: expected a positive integer, got {min(arguments.batches)}"
+    if arguments.size < 32:
         return f"--size: expected at least 32 pixels, got {arguments.size}"
     if not arguments.budget > 0:
         return f"--budget: expected a positive number of seconds, got {arguments.budget}"

@@ -56,6 +56,12 @@ def choices(tasks: list[tuning.Task], device: plan.Device) -> list[tuning.Task]:
     return list(tuning.in_graphs(tuning.with_kernels(tasks, device)))
 
 
+def unshipped(tasks: list[tuning.Task], arch: int) -> list[tuning.Task]:
+    """Those that the package's table lacks."""
+    shipped = plan.load_table(plan.PLANS / f"sm{arch}.json", arch)
+    return [task for task in tasks if task.problem not in shipped]
+
+
 def kind_of(task: tuning.Task) -> str:
     """Which of `KINDS` a task is."""
     if task.problem.op == plan.STAGE_OP:
@@ -104,6 +110,22 @@ def _tuner(arguments: argparse.Namespace, bench: tuning.Bench) -> tuning.Tuner:
     return tuning.Tuner(bench.device, path, origin, {}, bench.measure, bench.ahead)
 
 
+def _measure(arguments: argparse.Namespace, tasks: list[tuning.Task], bench: tuning.Bench, stop: float) -> int:
+    """Measure until `stop`, on the clock of time.monotonic; how many problems are left. Into the user's own table all
+    blocks come first, and again behind their operators."""
+    tuner = _tuner(arguments, bench)
+    work = [task for task in choices(tasks, bench.device) if arguments.only in (None, kind_of(task))]
+    rounds = [work]
+    if arguments.own:
+        work = unshipped(work, bench.device.arch)
+        rounds = [[task for task in work if kind_of(task) == "blocks"], work]
+    for now in rounds:
+        blocks = all(kind_of(task) == "blocks" for task in now)
+        tuner.ahead = (lambda _: bench.chains_ahead(tasks)) if blocks else bench.ahead
+        left = tuner.run(now, max(0.0, stop - time.monotonic()), arguments.again)
+    return left
+
+
 def _go_on(argv: list[str], budget: float) -> NoReturn:
     """This command from its beginning, in a new program under the same process id."""
     os.execv(sys.executable, [sys.executable, "-m", "benchmarks.tune", *argv, "--budget", str(budget)])
@@ -111,9 +133,9 @@ def _go_on(argv: list[str], budget: float) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    start = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
+    stop = time.monotonic() + arguments.budget
     if min(*arguments.batches, arguments.size) < 1 or not arguments.budget > 0:
         print("--batches, --size, --budget: expected positive numbers", file=sys.stderr)
         return 2
@@ -133,26 +155,14 @@ def main(argv: list[str] | None = None) -> int:
                 for worker in running:
                     worker.wait()
             return 0
-        tuner = _tuner(arguments, bench)
-        work = [task for task in choices(tasks, bench.device) if arguments.only in (None, kind_of(task))]
-        rounds = [work]
-        if arguments.own:
-            shipped = plan.load_table(plan.PLANS / f"sm{bench.device.arch}.json", bench.device.arch)
-            work = [task for task in work if task.problem not in shipped]
-            rounds = [[task for task in work if kind_of(task) == "blocks"], work]
         try:
-            for now in rounds:
-                blocks = all(kind_of(task) == "blocks" for task in now)
-                tuner.ahead = (lambda _: bench.chains_ahead(tasks)) if blocks else bench.ahead
-                left = tuner.run(now, max(0.0, arguments.budget - (time.monotonic() - start)), arguments.again)
+            left = _measure(arguments, tasks, bench, stop)
         except tuning.DeviceFailed as failure:
             print(failure, flush=True)
-            budget = arguments.budget - (time.monotonic() - start)
             if failure.entry is None or arguments.again:
                 return 1
-            if budget <= 0:
-                return 3
-            return _go_on(argv, budget)
+            budget = stop - time.monotonic()
+            return 3 if budget <= 0 else _go_on(argv, budget)
     return 0 if left == 0 else 3
 
 

@@ -557,19 +557,18 @@ def run_chain(
 
 def run_stem(x: Tensor, unit: ConvBN, impl: str) -> Tensor:
     """Pick the path for a checked stem: max_pool(relu(BN(conv(x))), 3, stride 2, padding 1)."""
-    options, unit = Options(identity=False, relu=True, scheme="stored", impl=impl), _packed(unit)
-    parameters = unit.w, unit.gamma, unit.beta
+    options = Options(identity=False, relu=True, scheme="stored", impl=impl)
     if x.shape[0] == 0 or is_transformed():
         return F.max_pool2d(run_chain(x, None, [unit], None, options), 3, 2, 1)
-    training = unit.batch_stats or _wants_gradients((x, *parameters))
+    training = unit.batch_stats or _wants_gradients((x, *unit[:3]))
     fused = unit.batch_stats and unit.sync
     if not fused:
         kind = "training" if training else "inference"
         fused = ops.plan_block("stem", impl, x, [(unit.w, unit.geometry)], kind).backend != "library"
     if not fused:
         return F.max_pool2d(_chain_library(x, None, [unit], None, options), 3, 2, 1)
-    x = channels_last(x)
+    x, unit = channels_last(x), _packed(unit)
     if training:
-        return _Stem.apply(x, unit, impl, *parameters)
+        return _Stem.apply(x, unit, impl, *unit[:3])
     frozen = unit.running_mean, unit.running_var, unit.gamma, unit.beta, unit.eps
     return _op.conv_affine_pool(x, unit.w.to(x.dtype), *frozen, *unit.geometry, impl)

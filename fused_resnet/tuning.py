@@ -438,19 +438,18 @@ def save(path: Path, arch: int, origin: dict[str, str], entries: Iterable[dict],
         plan.dump_table(path, arch, origin, [*kept, *added.values()])
 
 
-def _outdated(tasks: Iterable[Task], known: Iterable[Problem]) -> set[Problem]:
-    """The blocks among the tasks that were measured before an operator that stands in front of them (`collect`).
-
-    `known` are measured problems, oldest first. With another tile of an operator the chain is another one.
-    """
+def to_measure(tasks: Iterable[Task], known: Iterable[Problem]) -> list[Task]:
+    """The tasks whose problems are not among `known`, those of a table, oldest first, and the blocks that are, but
+    before an operator in front of them (`collect`): with another tile of an operator the chain is another one."""
     age = {problem: i for i, problem in enumerate(known)}
-    found, newest, behind_block = set(), -1, False
+    found, newest, behind_block = [], -1.0, False
     for task in tasks:
+        measured = age.get(task.problem, float("inf"))
         if task.call is None:
-            newest = max(-1 if behind_block else newest, age.get(task.problem, -1))
-        elif newest > age.get(task.problem, newest):
-            found.add(task.problem)
+            newest = max(-1.0 if behind_block else newest, measured)
         behind_block = task.call is not None
+        if measured == float("inf") or (behind_block and newest > measured):
+            found.append(task)
     return found
 
 
@@ -479,9 +478,7 @@ class Tuner:
         known = plan.parse_table(text, str(self.path), arch, self.valid)
         plan.measurements(self.device).update(known)
         plan.forget_choices()
-        new = {task.problem for task in tasks if task.problem not in known}
-        wanted = new | _outdated(tasks, [*known, *(task.problem for task in tasks if task.problem in new)])
-        left, failed = [task for task in tasks if again or task.problem in wanted], 0
+        left, failed = list(tasks) if again else to_measure(tasks, known), 0
         begun = self.path.with_name(f".{self.path.name}.begun")  # a note of the problem that is being measured
         suspect = plan.read_text(begun)
         left.sort(key=lambda task: str(task.problem) == suspect)

@@ -84,6 +84,20 @@ def test_main_job_tunes_proves_and_times(told, tmp_path, monkeypatch, capsys):
     assert len(told) == 2 and load(tmp_path / "results.json")["tuning"]["measured"] == 0
 
 
+def test_main_job_measures_blocks_again_behind_their_operators(told, tmp_path, monkeypatch):
+    """A run that stopped in front of them leaves every problem measured, but not for the operators as they are now."""
+    for kind in ("blocks", "operators", "stages"):
+        assert tune.main(["--own", *SMALL, "--modes", "inference", "--only", kind]) == 0
+    monkeypatch.setattr(run, "measure_case", lambda case, *_: [])
+    options = [*SMALL, "--modes", "inference", "--out", str(tmp_path)]
+    run.main(options)
+    blocks = [problem for problem in tuned.load(90, "NVIDIA H100").measured if problem.op in plan.BLOCK_OPS]
+    counts = load(tmp_path / "results.json")["tuning"]
+    assert counts["measured"] == len(blocks) > 1 and counts["left"] == 0
+    run.main(options)
+    assert load(tmp_path / "results.json")["tuning"]["measured"] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "folder", "said"),
     [
@@ -117,7 +131,7 @@ def test_tuning_that_hangs_or_fails_leaves_the_library(told, tmp_path, monkeypat
     run.main([*SMALL, "--modes", "inference", "--out", str(tmp_path)])
     output = capsys.readouterr()
     assert isinstance(told[0], list) and said in output.err
-    assert "tuning: 0 of " in output.out and "which the library runs until the next run goes on" in output.out
+    assert "tuning: 0 of " in output.out and "left for the next run" in output.out
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from few_rows import FewRows
 
 from fused_resnet import reference
-from fused_resnet.plan import Plan, TileConfig
+from fused_resnet.plan import TileConfig
 from fused_resnet.reference import Deferred, Gradient, Running
 from fused_resnet.testing import MAP_SHAPES, assert_within_budget, random_activation, random_affine, random_bn
 
@@ -15,14 +16,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning:triton"),
 ]
 DTYPES = [torch.float32, torch.bfloat16] + [torch.float16] * torch.cuda.is_available()
-
-
-class FewRows(Plan):
-    """A plan with few rows of sums: the interpreter runs a program for each of them, used or not."""
-
-    @staticmethod
-    def statistics_rows(channels: int) -> int:
-        return 3
 
 
 PLAN = FewRows("triton", TileConfig(16, 32, num_warps=4, num_stages=2), "test")

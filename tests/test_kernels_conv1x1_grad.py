@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from few_rows import FewRows
 
 from fused_resnet import reference, testing
-from fused_resnet.plan import Device, Plan, Problem, TileConfig, triton_plan, unsupported
+from fused_resnet.plan import Device, Problem, TileConfig, triton_plan, unsupported
 from fused_resnet.reference import Deferred, Geometry, Gradient
 from fused_resnet.testing import as_double, assert_within_budget, random_activation, random_bn, random_weight
 
@@ -27,14 +28,6 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 # How the gradient of the output comes: (with ReLU bits, with coefficients).
 GRADIENTS = {"written": (0, 0), "masked": (1, 0), "deferred": (0, 1), "deferred, masked": (1, 1)}
 EVERY_GRADIENT = pytest.mark.parametrize("kind", GRADIENTS)
-
-
-class FewRows(Plan):
-    """A plan with few rows of sums: the interpreter runs a program for each of them, used or not."""
-
-    @staticmethod
-    def statistics_rows(channels: int) -> int:
-        return 3
 
 
 # Of 35 channels the first needs three steps in depth, the second one.

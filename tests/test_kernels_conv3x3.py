@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from few_rows import FewRows
 
 from fused_resnet import reference
 from fused_resnet.plan import Device, Plan, Problem, TileConfig, triton_plan, unsupported
@@ -25,14 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning:triton"),
 ]
 DTYPES = [torch.float32, torch.bfloat16] + [torch.float16] * torch.cuda.is_available()
-
-
-class FewRows(Plan):
-    """A plan with few rows of statistics: the interpreter runs a program for each of them, used or not."""
-
-    @staticmethod
-    def statistics_rows(channels: int) -> int:
-        return 3
 
 
 PLAN = FewRows("triton", TileConfig(64, 64, 32, 4, 2), "test")

@@ -6,8 +6,9 @@ One channel in or out, one pixel, a map of one row, a stride beyond the map, mor
 import importlib
 
 import pytest
+from few_rows import FewRows
 
-from fused_resnet.plan import FAMILIES, Device, Plan, Problem, triton_plan
+from fused_resnet.plan import FAMILIES, Device, Problem, triton_plan
 from fused_resnet.testing import check_operator
 
 pytest.importorskip("triton")
@@ -16,14 +17,6 @@ pytestmark = [
     pytest.mark.usefixtures("poison", "no_tf32"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning:triton"),
 ]
-
-
-class FewRows(Plan):
-    """A plan with few rows of statistics: the interpreter runs a program for each of them, used or not."""
-
-    @staticmethod
-    def statistics_rows(channels: int) -> int:
-        return 3
 
 
 POINTWISE = {"r": 1, "s": 1}

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from few_rows import FewRows
 
 from fused_resnet import reference
-from fused_resnet.plan import Device, Plan, Problem, TileConfig, triton_plan
+from fused_resnet.plan import Device, Problem, TileConfig, triton_plan
 from fused_resnet.reference import Deferred
 from fused_resnet.testing import MAP_SHAPES, as_double, assert_within_budget, random_activation, random_bn
 
@@ -17,14 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning:triton"),
 ]
 DTYPES = [torch.float32, torch.bfloat16] + [torch.float16] * torch.cuda.is_available()
-
-
-class FewRows(Plan):
-    """A plan with few rows of sums: the interpreter runs a program for each of them, used or not."""
-
-    @staticmethod
-    def statistics_rows(channels: int) -> int:
-        return 3
 
 
 PLAN = FewRows("triton", TileConfig(32, 64, num_warps=4, num_stages=2), "test")

@@ -225,13 +225,13 @@ def test_limits_of_the_cuda_kernels_have_reasons(plans, problem, change, reason)
 @pytest.mark.parametrize(
     ("problem", "arch", "reason"),
     [
-        (POINTWISE, 90, "64x64x64, 4 warps: room for 4 blocks on an SM, 6272 output tiles on 132 SMs"),
+        (POINTWISE, 90, "64x64x64, 4 warps, 128 registers: room for 4 blocks on an SM, 6272 output tiles on 132 SMs"),
         (POINTWISE, 80, "128x64x64, 8 warps: room for 2 blocks on an SM, 3136 output tiles on 108 SMs"),
         (POINTWISE, 86, "128x64x64, 8 warps: room for 1 block on an SM, 3136 output tiles on 84 SMs"),
         (
             Problem("conv_affine", 1, 7, 7, 512, 2048, 1, 1, epilogue="affine"),
             90,
-            "64x64x64, 4 warps: room for 3 blocks on an SM, 32 output tiles on 132 SMs",
+            "64x64x64, 4 warps, 128 registers: room for 3 blocks on an SM, 32 output tiles on 132 SMs",
         ),
         (
             Problem("conv_affine", 1, 7, 7, 512, 512, 3, 3, padding=(1, 1), epilogue="affine"),

@@ -41,6 +41,7 @@ from .epilogue import (
     load_mask,
     load_vector,
     merge_statistics,
+    reduce_statistics,
     relu,
     store_bn,
     store_mask,
@@ -62,9 +63,7 @@ def _merge_rows(partials_ptr, rows, channels, cols, BLOCK_T: tl.constexpr, BLOCK
         row_mean = tl.load(pointers + channels, mask=valid, other=0.0).to(tl.float64)
         row_m2 = tl.load(pointers + 2 * channels, mask=valid, other=0.0).to(tl.float64)
         block_count = tl.sum(row_count, axis=0)
-        block_mean = tl.sum(row_count * row_mean, axis=0) / tl.maximum(block_count, 1.0)
-        deviation = row_mean - block_mean[None, :]
-        block_m2 = tl.sum(row_m2 + row_count * deviation * deviation, axis=0)
+        block_mean, block_m2 = reduce_statistics(block_count, row_count, row_mean, row_m2)
         count, mean, m2 = merge_statistics(count, mean, m2, block_count, block_mean, block_m2)
     return count, mean, m2
 

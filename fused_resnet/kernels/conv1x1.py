@@ -41,6 +41,7 @@ from . import (
     on_device_of,
     require_frozen,
     require_like,
+    require_pixels,
     require_pointwise,
     require_rows,
     require_vectors,
@@ -54,10 +55,10 @@ from .epilogue import (
     input_rows,
     load_vector,
     merge_statistics,
-    pair_statistics,
     reduce_statistics,
     relu,
     store_mask,
+    store_statistics,
 )
 
 
@@ -135,6 +136,22 @@ def _gemm_tile(
         w = _weight_tile(w_ptr, first_col, gemm_n, k0, gemm_k, BLOCK_N, BLOCK_K)
         acc = tl.dot(a, tl.trans(w), acc, input_precision=INPUT_PRECISION)
     return acc
+
+
+@triton.jit
+def _pair_statistics(x, row0, row_limit):
+    """Counts [M // 16, 8, 1], means and M2 [M // 16, 8, N] of the rows r and r + 8 of each 16 of x [M, N], in pairs.
+
+    One thread holds both in the tensor cores' layout, so nothing passes between threads. ``row0`` is the index of the
+    first row; those from ``row_limit`` on do not count.
+    """
+    pairs = tl.reshape(x, (x.shape[0] // 16, 2, 8, x.shape[1]))
+    first, second = tl.split(tl.permute(pairs, (0, 2, 3, 1)))  # [M // 16, 8, N]
+    row = row0 + 16 * tl.arange(0, x.shape[0] // 16)[:, None, None] + tl.arange(0, 8)[None, :, None]
+    count = (row < row_limit).to(tl.float32) + (row + 8 < row_limit).to(tl.float32)
+    second = tl.where(row + 8 < row_limit, second, first)
+    deviation = 0.5 * (first - second)
+    return count, second + deviation, 2.0 * deviation * deviation
 
 
 # One compilation serves every batch and image size: extents of maps gain nothing from being known to be even.
@@ -225,7 +242,7 @@ def _conv1x1_fwd_kernel(
                 BLOCK_K,
             )
         if partials_ptr is not None:
-            count, mean, m2 = merge_statistics(count, mean, m2, *pair_statistics(acc, row0, stop))
+            count, mean, m2 = merge_statistics(count, mean, m2, *_pair_statistics(acc, row0, stop))
         if bn_ptr is not None:
             acc = affine(acc, load_vector(bn_ptr, BN_SCALE, gemm_n, cols), load_vector(bn_ptr, BN_SHIFT, gemm_n, cols))
         if var_ptr is not None:
@@ -267,11 +284,10 @@ def _conv1x1_fwd_kernel(
 
     if partials_ptr is not None:
         total = tl.maximum(stop - start, 0).to(tl.float32)
-        mean, m2 = reduce_statistics(total, count, mean, m2)
-        row_ptr = partials_ptr + chunk.to(tl.int64) * 3 * gemm_n + cols
-        tl.store(row_ptr, tl.zeros((BLOCK_N,), dtype=tl.float32) + total, mask=cols < gemm_n)
-        tl.store(row_ptr + gemm_n, mean, mask=cols < gemm_n)
-        tl.store(row_ptr + 2 * gemm_n, m2, mask=cols < gemm_n)
+        count = tl.reshape(count, (BLOCK_M // 2, 1))
+        mean = tl.reshape(mean, (BLOCK_M // 2, BLOCK_N))
+        mean, m2 = reduce_statistics(total, count, mean, tl.reshape(m2, (BLOCK_M // 2, BLOCK_N)))
+        store_statistics(partials_ptr + chunk.to(tl.int64) * 3 * gemm_n + cols, total, mean, m2, cols, gemm_n)
 
 
 def _check_operands(name: str, x, w) -> None:
@@ -288,19 +304,15 @@ def _launch(
     side=None,
 ):  # fmt: skip
     """Launch the kernel on checked operands. ``side``: (x_s, w_s, bn_s) of a second GEMM, strided by ``stride``."""
-    n, gemm_k, in_h, in_w = x.shape
-    gemm_n, out_h, out_w = out.shape[1:]
+    (n, gemm_n, out_h, out_w), gemm_k, config = out.shape, x.shape[1], plan.config
     gemm_m = n * out_h * out_w
     side_x, side_w, side_bn = side or (None, None, None)
-    if side is not None:
-        in_h, in_w = side_x.shape[2:]
-    config = plan.config
+    strided = x if side is None else side_x
     if partials is None:
         chunks, chunk_pixels = triton.cdiv(gemm_m, config.block_m), config.block_m
     else:
         chunks, chunk_pixels = partials.shape[0], plan.chunk_pixels(gemm_m, partials.shape[0])
-    if chunks * chunk_pixels >= 2**31 or n * in_h * in_w >= 2**31:
-        raise ValueError(f"{gemm_m} output pixels: pixel indices are 32-bit")
+    require_pixels(strided, chunks * chunk_pixels)
     grid = (chunks * triton.cdiv(gemm_n, config.block_n),)
     if grid[0] == 0:
         return
@@ -322,8 +334,7 @@ def _launch(
             gemm_n,
             gemm_k,
             0 if side is None else side_x.shape[1],
-            in_h,
-            in_w,
+            *strided.shape[2:],
             out_h,
             out_w,
             chunk_pixels,

@@ -46,7 +46,7 @@ from .epilogue import (
     load_vector,
     merge_statistics,
     relu,
-    tile_statistics,
+    store_statistics,
 )
 
 # Added to a row that is not to be read: no tap brings it back into the image.
@@ -193,7 +193,7 @@ def _conv3x3_stats_kernel(
         valid = (rows < stop)[:, None] & (cols < gemm_n)[None, :]
         tl.store(out_ptr + elements, acc.to(out_ptr.dtype.element_ty), mask=valid)
         tile_count = tl.minimum(stop - row0, BLOCK_M).to(tl.float32)
-        tile_mean, tile_m2 = tile_statistics(acc, rows < stop, tile_count)
+        tile_mean, tile_m2 = _tile_statistics(acc, rows < stop, tile_count)
         mean = tl.load(row_ptr + gemm_n, mask=cols < gemm_n, other=0.0)
         m2 = tl.load(row_ptr + 2 * gemm_n, mask=cols < gemm_n, other=0.0)
         count, mean, m2 = merge_statistics((row0 - start).to(tl.float32), mean, m2, tile_count, tile_mean, tile_m2)
@@ -201,12 +201,21 @@ def _conv3x3_stats_kernel(
 
 
 @triton.jit
+def _tile_statistics(x, valid, count):
+    """Mean [N] and M2 [N] = sum (x - mean)^2 over the ``count`` rows of x [M, N] marked in ``valid`` [M].
+
+    Two passes over registers: E[x^2] - E[x]^2 would cancel for a channel whose mean is far from zero.
+    """
+    mean = tl.sum(tl.where(valid[:, None], x, 0.0), axis=0) / count
+    deviation = tl.where(valid[:, None], x - mean[None, :], 0.0)  # [M, N]
+    return mean, tl.sum(deviation * deviation, axis=0)
+
+
+@triton.jit
 def _store_statistics(row_ptr, count, mean, m2, cols, channels):
     """Store a row (count, mean, M2) for this program's own later loads, too: hence the barriers around it."""
     tl.debug_barrier()
-    tl.store(row_ptr, tl.zeros_like(mean) + count, mask=cols < channels)
-    tl.store(row_ptr + channels, mean, mask=cols < channels)
-    tl.store(row_ptr + 2 * channels, m2, mask=cols < channels)
+    store_statistics(row_ptr, count, mean, m2, cols, channels)
     tl.debug_barrier()
 
 

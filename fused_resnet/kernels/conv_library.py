@@ -29,7 +29,17 @@ from . import (
     require_rows,
     require_vectors,
 )
-from .epilogue import BN_MEAN, BN_RSTD, BN_SCALE, BN_SHIFT, affine, load_addend, load_vector
+from .epilogue import (
+    BN_MEAN,
+    BN_RSTD,
+    BN_SCALE,
+    BN_SHIFT,
+    affine,
+    load_addend,
+    load_vector,
+    reduce_statistics,
+    store_statistics,
+)
 
 
 @triton.jit(do_not_specialize=["pixels", "chunk_pixels"])
@@ -63,13 +73,8 @@ def _channel_statistics_kernel(
         mean += delta * (1.0 / tl.maximum(count, 1.0))[:, None]
         m2 += delta * (c - mean)
     total = tl.sum(count, axis=0)
-    merged = tl.sum(mean * count[:, None], axis=0) / tl.maximum(total, 1.0)
-    deviation = mean - merged[None, :]
-    row_ptr = partials_ptr + chunk.to(tl.int64) * 3 * channels + cols
-    tl.store(row_ptr, tl.zeros((BLOCK_N,), dtype=tl.float32) + total, mask=cols < channels)
-    tl.store(row_ptr + channels, merged, mask=cols < channels)
-    m2_total = tl.sum(m2 + deviation * deviation * count[:, None], axis=0)
-    tl.store(row_ptr + 2 * channels, m2_total, mask=cols < channels)
+    mean, m2 = reduce_statistics(total, count[:, None], mean, m2)
+    store_statistics(partials_ptr + chunk.to(tl.int64) * 3 * channels + cols, total, mean, m2, cols, channels)
 
 
 @triton.jit(do_not_specialize=["pixels", "in_h", "in_w", "chunk_pixels"])

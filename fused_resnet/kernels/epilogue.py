@@ -63,17 +63,6 @@ def fold_rows(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def tile_statistics(x, valid, count):
-    """Mean [N] and M2 [N] = sum (x - mean)^2 over the ``count`` rows of x [M, N] marked in ``valid`` [M].
-
-    Two passes over registers: E[x^2] - E[x]^2 would cancel for a channel whose mean is far from zero.
-    """
-    mean = tl.sum(tl.where(valid[:, None], x, 0.0), axis=0) / count
-    deviation = tl.where(valid[:, None], x - mean[None, :], 0.0)  # [M, N]
-    return mean, tl.sum(deviation * deviation, axis=0)
-
-
-@triton.jit
 def merge_statistics(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     """(count, mean, M2) of the union of two sets (Chan, Golub and LeVeque, 1979); an empty set is (0, 0, 0)."""
     count = count_a + count_b
@@ -83,30 +72,20 @@ def merge_statistics(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @triton.jit
-def pair_statistics(x, row0, row_limit):
-    """Counts [M // 16, 8, 1], means and M2 [M // 16, 8, N] of the rows r and r + 8 of each 16 of x [M, N], in pairs.
-
-    One thread holds both in the tensor cores' layout, so nothing passes between threads. ``row0`` is the index of the
-    first row; those from ``row_limit`` on do not count.
-    """
-    pairs = tl.reshape(x, (x.shape[0] // 16, 2, 8, x.shape[1]))
-    first, second = tl.split(tl.permute(pairs, (0, 2, 3, 1)))  # [M // 16, 8, N]
-    row = row0 + 16 * tl.arange(0, x.shape[0] // 16)[:, None, None] + tl.arange(0, 8)[None, :, None]
-    count = (row < row_limit).to(tl.float32) + (row + 8 < row_limit).to(tl.float32)
-    second = tl.where(row + 8 < row_limit, second, first)
-    deviation = 0.5 * (first - second)
-    return count, second + deviation, 2.0 * deviation * deviation
+def reduce_statistics(total, count, mean, m2):
+    """Mean and M2 [N] of sets of ``count`` values, [M, 1] or [M, N], with mean and M2 [M, N], together; ``total`` is
+    the number of their values. A set without any has the count 0, a mean that is a number, and the M2 0."""
+    center = tl.sum(count * mean, axis=0) / tl.maximum(total, 1.0)
+    deviation = mean - center[None, :]
+    return center, tl.sum(m2 + count * deviation * deviation, axis=0)
 
 
 @triton.jit
-def reduce_statistics(total, count, mean, m2):
-    """Mean and M2 [N] of all rows that `pair_statistics` keeps apart, together; ``total`` is their number."""
-    groups: tl.constexpr = mean.shape[0] * mean.shape[1]
-    count = tl.reshape(count, (groups, 1))
-    mean = tl.reshape(mean, (groups, mean.shape[2]))
-    center = tl.sum(count * mean, axis=0) / tl.maximum(total, 1.0)
-    delta = mean - center[None, :]
-    return center, tl.sum(tl.reshape(m2, mean.shape) + count * delta * delta, axis=0)
+def store_statistics(row_ptr, count, mean, m2, cols, channels):
+    """Store a row of partial statistics [T, 3, channels] at ``cols`` [N]; ``count`` is a scalar or [N]."""
+    tl.store(row_ptr, tl.zeros_like(mean) + count, mask=cols < channels)
+    tl.store(row_ptr + channels, mean, mask=cols < channels)
+    tl.store(row_ptr + 2 * channels, m2, mask=cols < channels)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import count_batch, on_device_of, require_channels, require_vectors, tile_options
+from . import count_batch, map_options, on_device_of, require_channels, require_vectors, tile_options
 from .epilogue import BN_MEAN, BN_RSTD, load_vector, store_bn, update_running
 
 
@@ -304,10 +304,7 @@ def launch_cross_sums(cross, w, bn, plan):
             sums,
             gemm_n,
             gemm_k,
-            BLOCK_M=plan.config.block_m,
-            BLOCK_N=plan.config.block_n,
-            num_warps=plan.config.num_warps,
-            num_stages=plan.config.num_stages,
+            **map_options(plan.config),
         )
     return sums
 

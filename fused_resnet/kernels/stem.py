@@ -46,7 +46,7 @@ from . import (
     tap_major,
     tile_options,
 )
-from .epilogue import affine, fold_rows, frozen_vectors, relu
+from .epilogue import affine, fold_rows, frozen_vectors, relu, store_statistics
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -115,13 +115,6 @@ def _product(
     return acc
 
 
-@triton.jit
-def _store_statistics(row_ptr, count, mean, m2, cols, channels):
-    tl.store(row_ptr, count, mask=cols < channels)
-    tl.store(row_ptr + channels, mean, mask=cols < channels)
-    tl.store(row_ptr + 2 * channels, m2, mask=cols < channels)
-
-
 @triton.jit(do_not_specialize=["gemm_m", "in_h", "in_w", "out_h", "out_w", "chunk_pixels"])
 def _stem_fwd_kernel(
     x_ptr,  # [pixels in, CHANNELS]
@@ -165,7 +158,7 @@ def _stem_fwd_kernel(
         row_ptr = partials_ptr + chunk.to(tl.int64) * 3 * gemm_n + cols
         if start >= gemm_m:  # a row of statistics that no pixel is left for: not worth its weight
             zeros = tl.zeros((BLOCK_N,), dtype=tl.float32)
-            _store_statistics(row_ptr, zeros, zeros, zeros, cols, gemm_n)
+            store_statistics(row_ptr, zeros, zeros, zeros, cols, gemm_n)
             return
     weight = _load_weight(w_ptr, cols, gemm_n, R, S, CHANNELS, BLOCK_K)
     pivot = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -205,7 +198,7 @@ def _stem_fwd_kernel(
         shift = tl.sum(tl.sum(total, axis=1), axis=0) / count
         m2 = tl.sum(tl.sum(squares, axis=1), axis=0) - shift * shift * count
         m2 = tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        _store_statistics(row_ptr, count, pivot + shift, m2, cols, gemm_n)
+        store_statistics(row_ptr, count, pivot + shift, m2, cols, gemm_n)
 
 
 @triton.jit

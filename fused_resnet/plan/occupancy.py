@@ -37,12 +37,14 @@ def output_tiles(problem: Problem, config: TileConfig) -> int:
 
 
 def tile_reason(problem: Problem, config: TileConfig, device: Device) -> str:
-    """For instance "128x64x64, 8 warps: room for 2 blocks on an SM, 392 output tiles on 132 SMs"."""
+    """For instance "128x64x64, 8 warps, 128 registers: room for 2 blocks on an SM, 392 output tiles on 132 SMs"; the
+    registers of a thread only where the tile limits them."""
     extents = "x".join(str(extent) for extent in (config.block_m, config.block_n, config.block_k) if extent)
     blocks, tiles = blocks_per_sm(problem, config, device), output_tiles(problem, config)
     room = f"{blocks} block{'s' if blocks != 1 else ''}"
+    registers = f", {config.maxnreg} registers" if config.maxnreg else ""
     shares = f" in {config.split_k} shares of the depth" if config.split_k > 1 else ""
     return (
-        f"{extents}, {config.num_warps} warps: room for {room} on an SM, {tiles} output tiles{shares} on "
+        f"{extents}, {config.num_warps} warps{registers}: room for {room} on an SM, {tiles} output tiles{shares} on "
         f"{device.sm_count} SMs"
     )
