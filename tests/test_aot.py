@@ -57,7 +57,7 @@ def dgrad_moments_arguments(problem: Problem, a):
     k, n = problem.c, problem.k
     dout = meta(problem.n, n, *problem.out_hw, dtype=a.c.dtype)
     w_g, w_a = meta(n, k, dtype=a.c.dtype), meta(k, k, dtype=a.c.dtype)
-    return [(dout, bits(dout), w_g, a, w_a, meta(k), problem.stride[0])]
+    return [(dout, mask, w_g, a, w_a, meta(k), problem.stride[0]) for mask in (None, bits(dout))]
 
 
 def moments_arguments(problem: Problem, a):

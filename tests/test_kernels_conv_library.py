@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.usefixtures("poison", "no_tf32"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning:triton"),
 ]
-DTYPES = ["float32", "bfloat16"] + ["float16"] * torch.cuda.is_available()
+DTYPES = ["float32", "bfloat16"]
 H100 = Device.default(90)
 
 
@@ -151,7 +151,7 @@ def test_wrong_arguments_are_named(generator, device):
         conv_library.launch_library_stats(Deferred(x.contiguous()), w, geometry, PLAN)
     with pytest.raises(ValueError, match="weight is torch.float16"):
         conv_library.launch_library_stats(Deferred(x), w.half(), geometry, PLAN)
-    with pytest.raises(ValueError, match="running_mean must be"):
+    with pytest.raises(ValueError, match="bn.mean must be"):
         conv_library.launch_library_affine(x, w, random_frozen(31, generator, device), None, True, geometry, PLAN)
     with pytest.raises(ValueError, match="residual"):
         conv_library.launch_library_affine(x, w, random_frozen(32, generator, device), x, True, geometry, PLAN)

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.usefixtures("poison", "no_tf32"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning:triton"),
 ]
-DTYPES = [torch.float32, torch.bfloat16] + [torch.float16] * torch.cuda.is_available()
+DTYPES = [torch.float32, torch.bfloat16]
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 EVERY_SHAPE = pytest.mark.parametrize("shape", POINTWISE_SHAPES)
 PRODUCT = Plan("triton", TileConfig(32, 32, 16, 4, 2), "test")

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.usefixtures("poison", "no_tf32"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning:triton"),
 ]
-DTYPES = [torch.float32, torch.bfloat16] + [torch.float16] * torch.cuda.is_available()
+DTYPES = [torch.float32, torch.bfloat16]
 H100 = Device.default(90)
 
 
@@ -267,7 +267,7 @@ def test_wrong_arguments_are_named(generator, device):
         stem.launch_stem_stats(Deferred(x), w, geometry, replace(plan, config=TileConfig(32, 32, 16, 4, 1)))
     with pytest.raises(ValueError, match="does not fit"):
         stem.launch_stem_pool(x, w, bn, geometry._replace(dilation=(9, 9)), plan)
-    with pytest.raises(ValueError, match="running_mean must be"):
+    with pytest.raises(ValueError, match="bn.mean must be"):
         stem.launch_stem_pool(x, w, bn._replace(mean=bn.mean[:3]), geometry, plan)
     with pytest.raises(ValueError, match="residual"):
         stem.launch_stem_affine(x, w, bn, x, True, geometry, plan)
