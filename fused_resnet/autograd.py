@@ -436,7 +436,8 @@ def _chain_inference(
 
 
 def _library_conv_bn(unit: ConvBN, x: Tensor) -> Tensor:
-    c = F.conv2d(x, unit.w.to(x.dtype), None, *unit.geometry)
+    w = unit.w if unit.w.dtype == x.dtype else unit.w.to(x.dtype)
+    c = F.conv2d(x, w, None, *unit.geometry)
     running, counter = (unit.running_mean, unit.running_var), unit.num_batches_tracked
     if unit.batch_stats and counter is not None:
         counter.add_(1)
@@ -478,8 +479,10 @@ def _without_buffers(unit: ConvBN) -> ConvBN:
     return unit._replace(running_mean=None, running_var=None, num_batches_tracked=None) if unit.batch_stats else unit
 
 
-def _wants_gradients(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _wants_gradients(units: Sequence[ConvBN], *inputs: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in (*inputs, *(p for unit in units for p in unit[:3])))
 
 
 def is_transformed() -> bool:
@@ -524,8 +527,7 @@ def run_chain(
             shortcut = None if shortcut is None else _without_buffers(shortcut)
             return _chain_library(x, residual, [_without_buffers(u) for u in units], shortcut, options)
         options = options._replace(impl="reference")  # the other processes wait for this one's counts: of nothing
-    wanting = _wants_gradients((x, residual, *(p for unit in everyone for p in unit[:3])))
-    training = wanting or any(unit.batch_stats for unit in everyone)
+    training = any(unit.batch_stats for unit in everyone) or _wants_gradients(everyone, x, residual)
     if is_transformed():
         if synced or options.impl != "auto":
             raise planning.Unsupported(
@@ -557,19 +559,18 @@ def run_chain(
 
 def run_stem(x: Tensor, unit: ConvBN, impl: str) -> Tensor:
     """Pick the path for a checked stem: max_pool(relu(BN(conv(x))), 3, stride 2, padding 1)."""
-    options, unit = Options(identity=False, relu=True, scheme="stored", impl=impl), _packed(unit)
-    parameters = unit.w, unit.gamma, unit.beta
+    options = Options(identity=False, relu=True, scheme="stored", impl=impl)
     if x.shape[0] == 0 or is_transformed():
         return F.max_pool2d(run_chain(x, None, [unit], None, options), 3, 2, 1)
-    training = unit.batch_stats or _wants_gradients((x, *parameters))
+    training = unit.batch_stats or _wants_gradients([unit], x)
     fused = unit.batch_stats and unit.sync
     if not fused:
         kind = "training" if training else "inference"
         fused = ops.plan_block("stem", impl, x, [(unit.w, unit.geometry)], kind).backend != "library"
     if not fused:
         return F.max_pool2d(_chain_library(x, None, [unit], None, options), 3, 2, 1)
-    x = channels_last(x)
+    x, unit = channels_last(x), _packed(unit)
     if training:
-        return _Stem.apply(x, unit, impl, *parameters)
+        return _Stem.apply(x, unit, impl, *unit[:3])
     frozen = unit.running_mean, unit.running_var, unit.gamma, unit.beta, unit.eps
     return _op.conv_affine_pool(x, unit.w.to(x.dtype), *frozen, *unit.geometry, impl)

@@ -39,6 +39,16 @@ def _touched(module: nn.Module) -> str | None:
     return None
 
 
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    """module.<name>, a parameter or buffer. A block reads twenty, and the search in nn.Module.__getattr__ costs ten
+    times as much; it finds what is kept elsewhere (FSDP and DataParallel set plain attributes)."""
+    if name in module._parameters:
+        return module._parameters[name]
+    if name in module._buffers:
+        return module._buffers[name]
+    return getattr(module, name)
+
+
 def check_module(model: object) -> None:
     """TypeError for anything but an nn.Module, under the name that every public function has for it."""
     if not isinstance(model, nn.Module):
@@ -50,7 +60,7 @@ def conv_bn_reason(conv: nn.Module, bn: nn.Module) -> str | None:
     parametrized one, too) may compute something else."""
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} is not exactly nn.Conv2d"
-    if conv.bias is not None:
+    if _tensor(conv, "bias") is not None:
         return "the convolution has a bias"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
@@ -76,23 +86,22 @@ def _sync_group(bn: nn.Module) -> str:
 
 def geometry_of(conv: nn.Conv2d) -> Geometry:
     """Its sizes in pairs: code that changes a stride or a dilation afterwards may have set a number."""
-    return Geometry(_pair(conv.stride), _pair(conv.padding), _pair(conv.dilation), conv.groups)
+    sizes = conv.stride, conv.padding, conv.dilation
+    return Geometry(*[size if type(size) is tuple else _pair(size) for size in sizes], conv.groups)
 
 
 def conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBN:
     """The pair as one unit for `functional`, with nn.BatchNorm2d's rules: batch statistics in training or without
     running ones; running statistics updated in training if tracked."""
-    geometry = geometry_of(conv)
+    parameters = _tensor(conv, "weight"), _tensor(bn, "weight"), _tensor(bn, "bias")
+    mean, var, geometry = _tensor(bn, "running_mean"), _tensor(bn, "running_var"), geometry_of(conv)
     if _is_frozen_bn(bn):
-        frozen = bn.running_mean, bn.running_var, None
-        return ConvBN(conv.weight, bn.weight, bn.bias, *frozen, geometry, bn.eps, 0.1, False)
-    batch_stats = bn.training or (bn.running_mean is None and bn.running_var is None)
-    buffers = bn.running_mean, bn.running_var, bn.num_batches_tracked
+        return ConvBN(*parameters, mean, var, None, geometry, bn.eps, 0.1, False)
+    batch_stats = bn.training or (mean is None and var is None)
+    buffers = mean, var, _tensor(bn, "num_batches_tracked")
     if batch_stats and not (bn.training and bn.track_running_stats):
         buffers = None, None, None
-    return ConvBN(
-        conv.weight, bn.weight, bn.bias, *buffers, geometry, bn.eps, bn.momentum, batch_stats, _sync_group(bn)
-    )
+    return ConvBN(*parameters, *buffers, geometry, bn.eps, bn.momentum, batch_stats, _sync_group(bn))
 
 
 class Switchable(nn.Module):
@@ -107,15 +116,18 @@ class FusedBlock(Switchable):
 
     LAYERS: tuple[tuple[str, str, str], ...] = ()
     identity: bool = True  # whether a block without `downsample` adds its input
+    _known: frozenset[str] = frozenset()  # the names of these children
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls._known = frozenset(("downsample", *(name for layer in cls.LAYERS for name in layer)))
 
     def unfused_reason(self) -> str | None:
         """Why this block runs its children one by one; None if it is fused."""
         if not self.fused:
             return UNFUSED
         for name, child in self._modules.items():
-            if child is None or name == "downsample" or any(name in layer for layer in self.LAYERS):
-                continue
-            if type(child) is not nn.Identity:
+            if name not in self._known and child is not None and type(child) is not nn.Identity:
                 return f"{name} is a {type(child).__name__}"
         for conv, bn, act in self.LAYERS:
             reason = conv_bn_reason(self._modules[conv], self._modules[bn])
@@ -128,9 +140,9 @@ class FusedBlock(Switchable):
                 return f"{act} {_touched(activation)}"
         return None
 
-    def _projection(self) -> tuple[nn.Module, nn.Module] | None:
+    @staticmethod
+    def _projection(down: nn.Module) -> tuple[nn.Module, nn.Module] | None:
         """(conv, bn) of a downsample that is exactly those two; None for any other, which is called as it is."""
-        down = self.downsample
         # `fuse` may have swapped the Sequential's own class, too.
         plain = getattr(type(down), "ORIGINAL", type(down)) is nn.Sequential
         if plain and len(down) == 2 and _touched(down) is None:
@@ -144,12 +156,13 @@ class FusedBlock(Switchable):
         if self.unfused_reason() is not None:
             return self.forward_unfused(x)
         units = [conv_bn(self._modules[conv], self._modules[bn]) for conv, bn, _ in self.LAYERS]
-        if self.downsample is None:
+        down = self.downsample
+        if down is None:
             return functional.residual_block(x, units, identity=self.identity)
-        projection = self._projection()
+        projection = self._projection(down)
         if projection is not None:
             return functional.residual_block(x, units, conv_bn(*projection))
-        return functional.residual_block(x, units, residual=self.downsample(x))
+        return functional.residual_block(x, units, residual=down(x))
 
     def forward_unfused(self, x: Tensor) -> Tensor:
         """The same block as separate calls of its children."""
@@ -324,19 +337,26 @@ class FusedConvBNAct(Switchable):
 
     def unfused_reason(self) -> str | None:
         """Why this module runs its children one by one; None if it is fused."""
-        reason = conv_bn_reason(self.conv, self.bn) if self.fused else UNFUSED
-        if reason is None and type(self.act) not in (nn.ReLU, nn.Identity):
-            reason = f"act is {type(self.act).__name__}, not exactly nn.ReLU or nn.Identity"
-        if reason is None and _touched(self.act) is not None:
-            reason = f"act {_touched(self.act)}"
+        if not self.fused:
+            return UNFUSED
+        conv, bn, act = self._children()
+        reason = conv_bn_reason(conv, bn)
+        if reason is None and type(act) not in (nn.ReLU, nn.Identity):
+            reason = f"act is {type(act).__name__}, not exactly nn.ReLU or nn.Identity"
+        if reason is None and _touched(act) is not None:
+            reason = f"act {_touched(act)}"
         return reason
+
+    def _children(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self._modules["conv"], self._modules["bn"], self._modules["act"]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [N, in_channels, H, W], residual of the output's shape or None."""
+        conv, bn, act = self._children()
         if self.unfused_reason() is None:
-            return functional.conv_bn_act(x, conv_bn(self.conv, self.bn), residual, type(self.act) is nn.ReLU)
-        out = self.bn(self.conv(x))
-        return self.act(out if residual is None else out + residual)
+            return functional.conv_bn_act(x, conv_bn(conv, bn), residual, type(act) is nn.ReLU)
+        out = bn(conv(x))
+        return act(out if residual is None else out + residual)
 
 
 def stage_convolutions(stage: nn.Module) -> list[tuple[Tensor, Geometry]] | None:

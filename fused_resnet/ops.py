@@ -92,6 +92,10 @@ def _concrete(size: int | torch.SymInt) -> int:
     return 0 if size.node.hint is None else int(size.node.hint)
 
 
+def _sizes(shape: torch.Size) -> tuple[int, ...]:
+    return tuple([size if type(size) is int else _concrete(size) for size in shape])
+
+
 def _problem(
     name: str, x: Tensor, geometry=None, w_shape=None, prologue: bool = False, epilogue: str = "", side: int = 0
 ) -> Problem:
@@ -117,11 +121,22 @@ def _block_problem(name: str, x: Tensor, convolutions: list[tuple[Tensor, Geomet
     """Kernel, groups and dilation of the largest convolution, the stride, the last one's output channels, and in
     `epilogue` the kind and every convolution; what is for a CUDA graph is a problem of its own."""
     kind = planning.GRAPH + kind if planning.is_replayed() else kind
-    largest, geometry = max(convolutions, key=lambda pair: pair[0].shape[2])
-    stride = max(g.stride for _, g in convolutions)
-    shape = (convolutions[-1][0].shape[0], *largest.shape[1:])
-    chain = " ".join(f"{w.shape[2]}x{w.shape[3]}-{w.shape[0]}" for w, _ in convolutions)
-    return _problem(name, x, geometry._replace(stride=stride), shape, False, f"{kind} {chain}")
+    chain = tuple([(_sizes(w.shape), (*g[0], *g[1], *g[2], g[3])) for w, g in convolutions])
+    return _chain_problem(name, _sizes(x.shape), x.dtype, chain, kind)
+
+
+@lru_cache(maxsize=1024)
+def _chain_problem(name: str, shape: tuple, dtype: torch.dtype, chain: tuple[tuple[tuple, tuple], ...], kind: str):
+    """The Problem of `_block_problem` from numbers alone: (shape of the weight, seven of the geometry) for each
+    convolution."""
+    (_, _, r, s), (*_, ph, pw, dh, dw, groups) = max(chain, key=lambda pair: pair[0][2])
+    stride = max(geometry[:2] for _, geometry in chain)
+    n, c, height, width = shape
+    kernels = " ".join(f"{r}x{s}-{k}" for (k, _, r, s), _ in chain)
+    return Problem(
+        name, n, height, width, c, chain[-1][0][0], r, s, stride, (ph, pw), (dh, dw), groups,
+        str(dtype).removeprefix("torch."), False, f"{kind} {kernels}",
+    )  # fmt: skip
 
 
 def plan_block(name: str, impl: str, x: Tensor, convolutions: list[tuple[Tensor, Geometry]], kind: str) -> Plan:
