@@ -443,7 +443,9 @@ def _library_conv_bn(unit: ConvBN, x: Tensor) -> Tensor:
         counter.add_(1)
     if unit.momentum is not None or not unit.batch_stats or unit.running_mean is None:
         momentum = 0.0 if unit.momentum is None else unit.momentum
-        return F.batch_norm(c, *running, unit.gamma, unit.beta, unit.batch_stats, momentum, unit.eps)
+        # What F.batch_norm calls after its own check for one value per channel, which has been made.
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(c, unit.gamma, unit.beta, *running, unit.batch_stats, momentum, unit.eps, cudnn)
     # The library wants the cumulative average's factor as a number, and so to wait for the counter: average here.
     batch = [torch.zeros_like(buffer) for buffer in running]
     y = F.batch_norm(c, *batch, unit.gamma, unit.beta, True, 1.0, unit.eps)
@@ -520,14 +522,15 @@ def run_chain(
 ) -> Tensor:
     """Pick the path for a checked chain: inference, training, or the library's operators."""
     everyone = [*units, shortcut] if shortcut is not None else units
-    synced = any(unit.batch_stats and unit.sync for unit in everyone)
+    trained = [unit for unit in everyone if unit.batch_stats]
+    synced = any([unit.sync for unit in trained])
     if x.shape[0] == 0:
         if not synced:
             # No image changes no statistics. The library's operators give the empty result and zero gradients.
             shortcut = None if shortcut is None else _without_buffers(shortcut)
             return _chain_library(x, residual, [_without_buffers(u) for u in units], shortcut, options)
         options = options._replace(impl="reference")  # the other processes wait for this one's counts: of nothing
-    training = any(unit.batch_stats for unit in everyone) or _wants_gradients(everyone, x, residual)
+    training = bool(trained) or _wants_gradients(everyone, x, residual)
     if is_transformed():
         if synced or options.impl != "auto":
             raise planning.Unsupported(

@@ -66,8 +66,7 @@ def _check_units(units: list[ConvBN], shortcut: ConvBN | None) -> None:
     for name, unit in named.items():
         if not isinstance(unit, ConvBN):
             raise TypeError(f"{name}: expected a ConvBN, got {type(unit).__name__}")
-        for field, smallest in (("stride", 1), ("padding", 0), ("dilation", 1)):
-            pair = getattr(unit.geometry, field)
+        for field, pair, smallest in zip(("stride", "padding", "dilation"), unit.geometry, (1, 0, 1)):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2 or min(pair) < smallest:
                 raise ValueError(
                     f"{name}.geometry.{field}: expected (height, width), each at least {smallest}, got {pair!r}"
@@ -214,7 +213,7 @@ for _schema, _body in (
     _LIBRARY.impl(_schema[: _schema.index("(")], _body, "CompositeImplicitAutograd")
 
 
-def _is_traced(x: Tensor) -> bool:
+def is_traced(x: Tensor) -> bool:
     """Whether a tracer wants one operator. Without one, none is called: torch.jit.trace and vmap have no rule for lists
     of optional tensors."""
     return torch.compiler.is_compiling() or has_torch_function((x,))
@@ -224,7 +223,7 @@ def _block(
     x: Tensor, residual: Tensor | None, units: list[ConvBN], shortcut: ConvBN | None, options: Options
 ) -> Tensor:
     _check_units(units, shortcut)
-    if not _is_traced(x):
+    if not is_traced(x):
         return _run_block(x, residual, units, shortcut, options)
     everyone = units if shortcut is None else [*units, shortcut]
     return torch.ops.fused_resnet.residual_block(x, residual, *_pack(everyone), shortcut is not None, *options)
@@ -288,4 +287,4 @@ def stem(x: Tensor, unit: ConvBN, *, impl: str | None = None) -> Tensor:
     """
     impl = planning.resolve_impl(impl)
     _check_units([unit], None)
-    return torch.ops.fused_resnet.stem(x, *_pack([unit]), impl) if _is_traced(x) else _run_stem(x, unit, impl)
+    return torch.ops.fused_resnet.stem(x, *_pack([unit]), impl) if is_traced(x) else _run_stem(x, unit, impl)

@@ -39,16 +39,6 @@ def _touched(module: nn.Module) -> str | None:
     return None
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor | None:
-    """module.<name>, a parameter or buffer. A block reads twenty, and the search in nn.Module.__getattr__ costs ten
-    times as much; it finds what is kept elsewhere (FSDP and DataParallel set plain attributes)."""
-    if name in module._parameters:
-        return module._parameters[name]
-    if name in module._buffers:
-        return module._buffers[name]
-    return getattr(module, name)
-
-
 def check_module(model: object) -> None:
     """TypeError for anything but an nn.Module, under the name that every public function has for it."""
     if not isinstance(model, nn.Module):
@@ -60,7 +50,8 @@ def conv_bn_reason(conv: nn.Module, bn: nn.Module) -> str | None:
     parametrized one, too) may compute something else."""
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} is not exactly nn.Conv2d"
-    if _tensor(conv, "bias") is not None:
+    bias = conv._parameters["bias"] if "bias" in conv._parameters else conv.bias  # as in `_tensors`
+    if bias is not None:
         return "the convolution has a bias"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
@@ -90,17 +81,28 @@ def geometry_of(conv: nn.Conv2d) -> Geometry:
     return Geometry(*[size if type(size) is tuple else _pair(size) for size in sizes], conv.groups)
 
 
-def conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBN:
+def _tensors(conv: nn.Conv2d, bn: nn.Module, traced: bool) -> tuple[Tensor | None, ...]:
+    """The first six fields of a ConvBN. nn.Module.__getattr__ costs ten times what its dicts do, but FX follows it, and
+    it finds what is kept elsewhere: DataParallel and FSDP set plain attributes."""
+    own = bn._parameters | bn._buffers
+    counter = "num_batches_tracked"  # FrozenBatchNorm2d has none
+    if not traced and "weight" in conv._parameters and "weight" in own:
+        w, running = conv._parameters["weight"], (own["running_mean"], own["running_var"])
+        return w, own["weight"], own["bias"], *running, own.get(counter)
+    return conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, getattr(bn, counter, None)
+
+
+def conv_bn(conv: nn.Conv2d, bn: nn.Module, traced: bool = False) -> ConvBN:
     """The pair as one unit for `functional`, with nn.BatchNorm2d's rules: batch statistics in training or without
-    running ones; running statistics updated in training if tracked."""
-    parameters = _tensor(conv, "weight"), _tensor(bn, "weight"), _tensor(bn, "bias")
-    mean, var, geometry = _tensor(bn, "running_mean"), _tensor(bn, "running_var"), geometry_of(conv)
+    running ones; running statistics updated in training if tracked. `traced`: `functional.is_traced` of the input."""
+    *parameters, mean, var, counter = _tensors(conv, bn, traced)
+    geometry = geometry_of(conv)
     if _is_frozen_bn(bn):
         return ConvBN(*parameters, mean, var, None, geometry, bn.eps, 0.1, False)
     batch_stats = bn.training or (mean is None and var is None)
-    buffers = mean, var, _tensor(bn, "num_batches_tracked")
     if batch_stats and not (bn.training and bn.track_running_stats):
-        buffers = None, None, None
+        mean = var = counter = None
+    buffers = mean, var, counter
     return ConvBN(*parameters, *buffers, geometry, bn.eps, bn.momentum, batch_stats, _sync_group(bn))
 
 
@@ -155,13 +157,14 @@ class FusedBlock(Switchable):
         """[N, inplanes, H, W] -> [N, planes * expansion, H / stride, W / stride]; channels_last when fused."""
         if self.unfused_reason() is not None:
             return self.forward_unfused(x)
-        units = [conv_bn(self._modules[conv], self._modules[bn]) for conv, bn, _ in self.LAYERS]
+        traced = functional.is_traced(x)
+        units = [conv_bn(self._modules[conv], self._modules[bn], traced) for conv, bn, _ in self.LAYERS]
         down = self.downsample
         if down is None:
             return functional.residual_block(x, units, identity=self.identity)
         projection = self._projection(down)
         if projection is not None:
-            return functional.residual_block(x, units, conv_bn(*projection))
+            return functional.residual_block(x, units, conv_bn(*projection, traced))
         return functional.residual_block(x, units, residual=down(x))
 
     def forward_unfused(self, x: Tensor) -> Tensor:
@@ -354,7 +357,8 @@ class FusedConvBNAct(Switchable):
         """x [N, in_channels, H, W], residual of the output's shape or None."""
         conv, bn, act = self._children()
         if self.unfused_reason() is None:
-            return functional.conv_bn_act(x, conv_bn(conv, bn), residual, type(act) is nn.ReLU)
+            unit = conv_bn(conv, bn, functional.is_traced(x))
+            return functional.conv_bn_act(x, unit, residual, type(act) is nn.ReLU)
         out = bn(conv(x))
         return act(out if residual is None else out + residual)
 
@@ -416,7 +420,7 @@ def stem_reason(conv: nn.Module, bn: nn.Module, relu: nn.Module, pool: nn.Module
 def forward_stem(conv: nn.Module, bn: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
     """pool(relu(bn(conv(x)))), fused if `stem_reason` finds nothing against it; the four stay usable one by one."""
     if stem_reason(conv, bn, relu, pool) is None:
-        return functional.stem(x, conv_bn(conv, bn))
+        return functional.stem(x, conv_bn(conv, bn, functional.is_traced(x)))
     return pool(relu(bn(conv(x))))
 
 
