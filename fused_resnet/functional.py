@@ -67,7 +67,7 @@ def _check_units(units: list[ConvBN], shortcut: ConvBN | None) -> None:
         if not isinstance(unit, ConvBN):
             raise TypeError(f"{name}: expected a ConvBN, got {type(unit).__name__}")
         for field, pair, smallest in zip(("stride", "padding", "dilation"), unit.geometry, (1, 0, 1)):
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or min(pair) < smallest:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or pair[0] < smallest or pair[1] < smallest:
                 raise ValueError(
                     f"{name}.geometry.{field}: expected (height, width), each at least {smallest}, got {pair!r}"
                 )

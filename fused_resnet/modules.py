@@ -365,9 +365,10 @@ class FusedConvBNAct(Switchable):
 
 def stage_convolutions(stage: nn.Module) -> list[tuple[Tensor, Geometry]] | None:
     """(weight, geometry) of each convolution of a stage's first block; None for anything else than blocks in a row."""
-    if not isinstance(stage, nn.Sequential) or not len(stage) or not all(isinstance(m, FusedBlock) for m in stage):
+    blocks = [*stage._modules.values()] if isinstance(stage, nn.Sequential) else []
+    if not blocks or not all(isinstance(block, FusedBlock) for block in blocks):
         return None
-    first = (stage[0]._modules[conv] for conv, _, _ in stage[0].LAYERS)
+    first = (blocks[0]._modules[conv] for conv, _, _ in blocks[0].LAYERS)
     return [(conv.weight, geometry_of(conv)) for conv in first]
 
 
