@@ -523,7 +523,7 @@ def run_chain(
     """Pick the path for a checked chain: inference, training, or the library's operators."""
     everyone = [*units, shortcut] if shortcut is not None else units
     trained = [unit for unit in everyone if unit.batch_stats]
-    synced = any([unit.sync for unit in trained])
+    synced = any(unit.sync for unit in trained)
     if x.shape[0] == 0:
         if not synced:
             # No image changes no statistics. The library's operators give the empty result and zero gradients.

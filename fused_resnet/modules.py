@@ -50,8 +50,8 @@ def conv_bn_reason(conv: nn.Module, bn: nn.Module) -> str | None:
     parametrized one, too) may compute something else."""
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} is not exactly nn.Conv2d"
-    bias = conv._parameters["bias"] if "bias" in conv._parameters else conv.bias  # as in `_tensors`
-    if bias is not None:
+    # A parameter or a plain attribute, as in `_read`.
+    if conv._parameters.get("bias") is not None or conv.__dict__.get("bias") is not None:
         return "the convolution has a bias"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
@@ -81,29 +81,34 @@ def geometry_of(conv: nn.Conv2d) -> Geometry:
     return Geometry(*[size if type(size) is tuple else _pair(size) for size in sizes], conv.groups)
 
 
-def _tensors(conv: nn.Conv2d, bn: nn.Module, traced: bool) -> tuple[Tensor | None, ...]:
-    """The first six fields of a ConvBN. nn.Module.__getattr__ costs ten times what its dicts do, but FX follows it, and
-    it finds what is kept elsewhere: DataParallel and FSDP set plain attributes."""
-    own = bn._parameters | bn._buffers
-    counter = "num_batches_tracked"  # FrozenBatchNorm2d has none
-    if not traced and "weight" in conv._parameters and "weight" in own:
-        w, running = conv._parameters["weight"], (own["running_mean"], own["running_var"])
-        return w, own["weight"], own["bias"], *running, own.get(counter)
-    return conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, getattr(bn, counter, None)
+_AFFINE = ("weight", "bias", "running_mean", "running_var")  # what a FrozenBatchNorm2d has
+_BATCH_NORM = (*_AFFINE, "num_batches_tracked")
+
+
+def _read(module: nn.Module, names: tuple[str, ...], traced: bool) -> list[Tensor | None]:
+    """Parameters and buffers by name. nn.Module.__getattr__ takes ten times as long as the dicts behind it, but FX
+    follows it, and it finds what is kept elsewhere: DataParallel and FSDP set plain attributes."""
+    if not traced:
+        own = module._parameters | module._buffers
+        try:
+            return [*map(own.__getitem__, names)]
+        except KeyError:
+            pass
+    return [getattr(module, name) for name in names]
 
 
 def conv_bn(conv: nn.Conv2d, bn: nn.Module, traced: bool = False) -> ConvBN:
     """The pair as one unit for `functional`, with nn.BatchNorm2d's rules: batch statistics in training or without
     running ones; running statistics updated in training if tracked. `traced`: `functional.is_traced` of the input."""
-    *parameters, mean, var, counter = _tensors(conv, bn, traced)
+    (w,) = _read(conv, ("weight",), traced)
     geometry = geometry_of(conv)
     if _is_frozen_bn(bn):
-        return ConvBN(*parameters, mean, var, None, geometry, bn.eps, 0.1, False)
-    batch_stats = bn.training or (mean is None and var is None)
+        return ConvBN(w, *_read(bn, _AFFINE, traced), None, geometry, bn.eps, 0.1, False)
+    gamma, beta, *buffers = _read(bn, _BATCH_NORM, traced)
+    batch_stats = bn.training or (buffers[0] is None and buffers[1] is None)
     if batch_stats and not (bn.training and bn.track_running_stats):
-        mean = var = counter = None
-    buffers = mean, var, counter
-    return ConvBN(*parameters, *buffers, geometry, bn.eps, bn.momentum, batch_stats, _sync_group(bn))
+        buffers = None, None, None
+    return ConvBN(w, gamma, beta, *buffers, geometry, bn.eps, bn.momentum, batch_stats, _sync_group(bn))
 
 
 class Switchable(nn.Module):
@@ -118,7 +123,7 @@ class FusedBlock(Switchable):
 
     LAYERS: tuple[tuple[str, str, str], ...] = ()
     identity: bool = True  # whether a block without `downsample` adds its input
-    _known: frozenset[str] = frozenset()  # the names of these children
+    _known: frozenset[str] = frozenset()  # "downsample" and all that `LAYERS` names
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

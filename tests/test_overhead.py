@@ -49,4 +49,4 @@ def test_checks_and_planning_are_few_calls(pair, training):
     with torch.set_grad_enabled(training):
         a, b = _calls(ours, x), _calls(theirs, x)
     fused = 9 if pair == "network" else 1  # eight blocks and a stem
-    assert a - b <= 90 * fused
+    assert a - b <= 100 * fused
