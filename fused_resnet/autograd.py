@@ -436,13 +436,16 @@ def _chain_inference(
 
 
 def _library_conv_bn(unit: ConvBN, x: Tensor) -> Tensor:
-    c = F.conv2d(x, unit.w.to(x.dtype), None, *unit.geometry)
+    w = unit.w if unit.w.dtype == x.dtype else unit.w.to(x.dtype)
+    c = F.conv2d(x, w, None, *unit.geometry)
     running, counter = (unit.running_mean, unit.running_var), unit.num_batches_tracked
     if unit.batch_stats and counter is not None:
         counter.add_(1)
     if unit.momentum is not None or not unit.batch_stats or unit.running_mean is None:
         momentum = 0.0 if unit.momentum is None else unit.momentum
-        return F.batch_norm(c, *running, unit.gamma, unit.beta, unit.batch_stats, momentum, unit.eps)
+        # What F.batch_norm calls after its own check for one value per channel, which has been made.
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(c, unit.gamma, unit.beta, *running, unit.batch_stats, momentum, unit.eps, cudnn)
     # The library wants the cumulative average's factor as a number, and so to wait for the counter: average here.
     batch = [torch.zeros_like(buffer) for buffer in running]
     y = F.batch_norm(c, *batch, unit.gamma, unit.beta, True, 1.0, unit.eps)
@@ -478,8 +481,10 @@ def _without_buffers(unit: ConvBN) -> ConvBN:
     return unit._replace(running_mean=None, running_var=None, num_batches_tracked=None) if unit.batch_stats else unit
 
 
-def _wants_gradients(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _wants_gradients(units: Sequence[ConvBN], *inputs: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in (*inputs, *(p for unit in units for p in unit[:3])))
 
 
 def is_transformed() -> bool:
@@ -517,15 +522,15 @@ def run_chain(
 ) -> Tensor:
     """Pick the path for a checked chain: inference, training, or the library's operators."""
     everyone = [*units, shortcut] if shortcut is not None else units
-    synced = any(unit.batch_stats and unit.sync for unit in everyone)
+    trained = [unit for unit in everyone if unit.batch_stats]
+    synced = any(unit.sync for unit in trained)
     if x.shape[0] == 0:
         if not synced:
             # No image changes no statistics. The library's operators give the empty result and zero gradients.
             shortcut = None if shortcut is None else _without_buffers(shortcut)
             return _chain_library(x, residual, [_without_buffers(u) for u in units], shortcut, options)
         options = options._replace(impl="reference")  # the other processes wait for this one's counts: of nothing
-    wanting = _wants_gradients((x, residual, *(p for unit in everyone for p in unit[:3])))
-    training = wanting or any(unit.batch_stats for unit in everyone)
+    training = bool(trained) or _wants_gradients(everyone, x, residual)
     if is_transformed():
         if synced or options.impl != "auto":
             raise planning.Unsupported(
@@ -560,7 +565,7 @@ def run_stem(x: Tensor, unit: ConvBN, impl: str) -> Tensor:
     options = Options(identity=False, relu=True, scheme="stored", impl=impl)
     if x.shape[0] == 0 or is_transformed():
         return F.max_pool2d(run_chain(x, None, [unit], None, options), 3, 2, 1)
-    training = unit.batch_stats or _wants_gradients((x, *unit[:3]))
+    training = unit.batch_stats or _wants_gradients([unit], x)
     fused = unit.batch_stats and unit.sync
     if not fused:
         kind = "training" if training else "inference"

@@ -57,7 +57,8 @@ class _FusedSequential(nn.Module):
             if length == 1:
                 x = children[i](x)
             else:
-                x = functional.conv_bn_act(x, conv_bn(*children[i : i + 2]), relu=length == 3)
+                unit = conv_bn(*children[i : i + 2], functional.is_traced(x))
+                x = functional.conv_bn_act(x, unit, relu=length == 3)
             i += length
         return x
 

@@ -8,7 +8,6 @@ the autograd Functions of `autograd`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -44,13 +43,13 @@ def _unpack(w, gamma, beta, mean, var, counter, geometry, eps, momentum, batch_s
     return [ConvBN(*u) for u in zip(w, gamma, beta, mean, var, counter, geometries, eps, momenta, batch_stats, sync)]
 
 
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+def _no_tensor(name: str, value: object) -> TypeError:
+    return TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
 def _check_activation(name: str, x: Tensor) -> None:
-    _check_tensor(name, x)
+    if not isinstance(x, Tensor):
+        raise _no_tensor(name, x)
     if x.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -67,9 +66,8 @@ def _check_units(units: list[ConvBN], shortcut: ConvBN | None) -> None:
     for name, unit in named.items():
         if not isinstance(unit, ConvBN):
             raise TypeError(f"{name}: expected a ConvBN, got {type(unit).__name__}")
-        for field, smallest in (("stride", 1), ("padding", 0), ("dilation", 1)):
-            pair = getattr(unit.geometry, field)
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or min(pair) < smallest:
+        for field, pair, smallest in zip(("stride", "padding", "dilation"), unit.geometry, (1, 0, 1)):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or pair[0] < smallest or pair[1] < smallest:
                 raise ValueError(
                     f"{name}.geometry.{field}: expected (height, width), each at least {smallest}, got {pair!r}"
                 )
@@ -82,31 +80,33 @@ def _check_unit(
     shape."""
     n, c, height, width = shape
     w, groups = unit.w, unit.geometry.groups
-    _check_tensor(f"{name}.w", w)
+    if not isinstance(w, Tensor):
+        raise _no_tensor(f"{name}.w", w)
     if w.dim() != 4:
         raise ValueError(f"{name}.w: expected [K, C / groups, R, S], got shape {tuple(w.shape)}")
-    k = w.shape[0]
+    w_shape, device = w.shape, x.device
+    k = w_shape[0]
     if groups < 1 or c % groups or k % groups:
         raise ValueError(f"{name}.geometry.groups: must divide the {c} input and {k} output channels, got {groups}")
-    if w.shape[1] * groups != c:
+    if w_shape[1] * groups != c:
         raise ValueError(
-            f"{name}.w: shape {tuple(w.shape)} with groups={groups} reads {w.shape[1] * groups} channels, "
+            f"{name}.w: shape {tuple(w_shape)} with groups={groups} reads {w_shape[1] * groups} channels, "
             f"the input has {c}"
         )
-    if w.device != x.device:
-        raise ValueError(f"{name}.w: on {w.device}, but the input is on {x.device}; move them to one device")
+    if w.device != device:
+        raise ValueError(f"{name}.w: on {w.device}, but the input is on {device}; move them to one device")
     if w.dtype != x.dtype and not autocast:
         raise TypeError(f"{name}.w: {w.dtype}, but the input is {x.dtype}; cast one of them or use torch.autocast")
     dtype = autocast or x.dtype
     allowed = (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
-    for field in ("gamma", "beta", "running_mean", "running_var"):
-        vector = getattr(unit, field)
+    for field, vector in zip(("gamma", "beta", "running_mean", "running_var"), unit[1:5]):
         if vector is None:
             continue
-        _check_tensor(f"{name}.{field}", vector)
-        if tuple(vector.shape) != (k,) or vector.device != x.device:
+        if not isinstance(vector, Tensor):
+            raise _no_tensor(f"{name}.{field}", vector)
+        if vector.shape != (k,) or vector.device != device:
             raise ValueError(
-                f"{name}.{field}: expected shape ({k},) on {x.device}, got {tuple(vector.shape)} on {vector.device}"
+                f"{name}.{field}: expected shape ({k},) on {device}, got {tuple(vector.shape)} on {vector.device}"
             )
         if vector.dtype not in allowed:
             raise TypeError(
@@ -119,10 +119,10 @@ def _check_unit(
         raise ValueError(f"{name}: expected running_mean and running_var, or neither, got one of them")
     if unit.momentum is None and unit.running_mean is not None and unit.num_batches_tracked is None:
         raise ValueError(f"{name}.momentum: None (cumulative average) needs num_batches_tracked, got None")
-    p, q = output_hw(w.shape, unit.geometry, height, width)
+    p, q = output_hw(w_shape, unit.geometry, height, width)
     if p < 1 or q < 1:
         raise ValueError(
-            f"{name}: the input's {height}x{width} pixels are fewer than its kernel {tuple(w.shape[2:])} needs"
+            f"{name}: the input's {height}x{width} pixels are fewer than its kernel {tuple(w_shape[2:])} needs"
         )
     if unit.batch_stats and not unit.sync and n * p * q == 1:
         raise ValueError(
@@ -172,10 +172,11 @@ def _run_block(
     _check_activation("x", x)
     dtype = _autocast_dtype(x)
     _check_chain(x, residual, units, shortcut, options.identity, dtype)
-    if dtype is not None:
-        x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
+    if dtype is None:
+        return run_chain(x, residual, units, shortcut, options)
+    x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
     # The operators below know their dtypes: an autocast of theirs would round fp32 statistics.
-    with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return run_chain(x, residual, units, shortcut, options)
 
 
@@ -183,8 +184,10 @@ def _run_stem(x: Tensor, unit: ConvBN, impl: str) -> Tensor:
     _check_activation("x", x)
     dtype = _autocast_dtype(x)
     _check_chain(x, None, [unit], None, False, dtype)
-    with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):
-        return run_stem(x if dtype is None else x.to(dtype), unit, impl)
+    if dtype is None:
+        return run_stem(x, unit, impl)
+    with torch.autocast(x.device.type, enabled=False):
+        return run_stem(x.to(dtype), unit, impl)
 
 
 def _block_operator(x, residual, *arguments):
@@ -210,7 +213,7 @@ for _schema, _body in (
     _LIBRARY.impl(_schema[: _schema.index("(")], _body, "CompositeImplicitAutograd")
 
 
-def _is_traced(x: Tensor) -> bool:
+def is_traced(x: Tensor) -> bool:
     """Whether a tracer wants one operator. Without one, none is called: torch.jit.trace and vmap have no rule for lists
     of optional tensors."""
     return torch.compiler.is_compiling() or has_torch_function((x,))
@@ -220,7 +223,7 @@ def _block(
     x: Tensor, residual: Tensor | None, units: list[ConvBN], shortcut: ConvBN | None, options: Options
 ) -> Tensor:
     _check_units(units, shortcut)
-    if not _is_traced(x):
+    if not is_traced(x):
         return _run_block(x, residual, units, shortcut, options)
     everyone = units if shortcut is None else [*units, shortcut]
     return torch.ops.fused_resnet.residual_block(x, residual, *_pack(everyone), shortcut is not None, *options)
@@ -284,4 +287,4 @@ def stem(x: Tensor, unit: ConvBN, *, impl: str | None = None) -> Tensor:
     """
     impl = planning.resolve_impl(impl)
     _check_units([unit], None)
-    return torch.ops.fused_resnet.stem(x, *_pack([unit]), impl) if _is_traced(x) else _run_stem(x, unit, impl)
+    return torch.ops.fused_resnet.stem(x, *_pack([unit]), impl) if is_traced(x) else _run_stem(x, unit, impl)

@@ -50,7 +50,8 @@ def conv_bn_reason(conv: nn.Module, bn: nn.Module) -> str | None:
     parametrized one, too) may compute something else."""
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} is not exactly nn.Conv2d"
-    if conv.bias is not None:
+    # A parameter or a plain attribute, as in `_read`.
+    if conv._parameters.get("bias") is not None or conv.__dict__.get("bias") is not None:
         return "the convolution has a bias"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} of mode {conv.padding_mode!r}"
@@ -76,23 +77,38 @@ def _sync_group(bn: nn.Module) -> str:
 
 def geometry_of(conv: nn.Conv2d) -> Geometry:
     """Its sizes in pairs: code that changes a stride or a dilation afterwards may have set a number."""
-    return Geometry(_pair(conv.stride), _pair(conv.padding), _pair(conv.dilation), conv.groups)
+    sizes = conv.stride, conv.padding, conv.dilation
+    return Geometry(*[size if type(size) is tuple else _pair(size) for size in sizes], conv.groups)
 
 
-def conv_bn(conv: nn.Conv2d, bn: nn.Module) -> ConvBN:
+_AFFINE = ("weight", "bias", "running_mean", "running_var")  # what a FrozenBatchNorm2d has
+_BATCH_NORM = (*_AFFINE, "num_batches_tracked")
+
+
+def _read(module: nn.Module, names: tuple[str, ...], traced: bool) -> list[Tensor | None]:
+    """Parameters and buffers by name. nn.Module.__getattr__ takes ten times as long as the dicts behind it, but FX
+    follows it, and it finds what is kept elsewhere: DataParallel and FSDP set plain attributes."""
+    if not traced:
+        own = module._parameters | module._buffers
+        try:
+            return [*map(own.__getitem__, names)]
+        except KeyError:
+            pass
+    return [getattr(module, name) for name in names]
+
+
+def conv_bn(conv: nn.Conv2d, bn: nn.Module, traced: bool = False) -> ConvBN:
     """The pair as one unit for `functional`, with nn.BatchNorm2d's rules: batch statistics in training or without
-    running ones; running statistics updated in training if tracked."""
+    running ones; running statistics updated in training if tracked. `traced`: `functional.is_traced` of the input."""
+    (w,) = _read(conv, ("weight",), traced)
     geometry = geometry_of(conv)
     if _is_frozen_bn(bn):
-        frozen = bn.running_mean, bn.running_var, None
-        return ConvBN(conv.weight, bn.weight, bn.bias, *frozen, geometry, bn.eps, 0.1, False)
-    batch_stats = bn.training or (bn.running_mean is None and bn.running_var is None)
-    buffers = bn.running_mean, bn.running_var, bn.num_batches_tracked
+        return ConvBN(w, *_read(bn, _AFFINE, traced), None, geometry, bn.eps, 0.1, False)
+    gamma, beta, *buffers = _read(bn, _BATCH_NORM, traced)
+    batch_stats = bn.training or (buffers[0] is None and buffers[1] is None)
     if batch_stats and not (bn.training and bn.track_running_stats):
         buffers = None, None, None
-    return ConvBN(
-        conv.weight, bn.weight, bn.bias, *buffers, geometry, bn.eps, bn.momentum, batch_stats, _sync_group(bn)
-    )
+    return ConvBN(w, gamma, beta, *buffers, geometry, bn.eps, bn.momentum, batch_stats, _sync_group(bn))
 
 
 class Switchable(nn.Module):
@@ -107,15 +123,18 @@ class FusedBlock(Switchable):
 
     LAYERS: tuple[tuple[str, str, str], ...] = ()
     identity: bool = True  # whether a block without `downsample` adds its input
+    _known: frozenset[str] = frozenset()  # "downsample" and all that `LAYERS` names
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls._known = frozenset(("downsample", *(name for layer in cls.LAYERS for name in layer)))
 
     def unfused_reason(self) -> str | None:
         """Why this block runs its children one by one; None if it is fused."""
         if not self.fused:
             return UNFUSED
         for name, child in self._modules.items():
-            if child is None or name == "downsample" or any(name in layer for layer in self.LAYERS):
-                continue
-            if type(child) is not nn.Identity:
+            if name not in self._known and child is not None and type(child) is not nn.Identity:
                 return f"{name} is a {type(child).__name__}"
         for conv, bn, act in self.LAYERS:
             reason = conv_bn_reason(self._modules[conv], self._modules[bn])
@@ -128,9 +147,9 @@ class FusedBlock(Switchable):
                 return f"{act} {_touched(activation)}"
         return None
 
-    def _projection(self) -> tuple[nn.Module, nn.Module] | None:
+    @staticmethod
+    def _projection(down: nn.Module) -> tuple[nn.Module, nn.Module] | None:
         """(conv, bn) of a downsample that is exactly those two; None for any other, which is called as it is."""
-        down = self.downsample
         # `fuse` may have swapped the Sequential's own class, too.
         plain = getattr(type(down), "ORIGINAL", type(down)) is nn.Sequential
         if plain and len(down) == 2 and _touched(down) is None:
@@ -143,13 +162,15 @@ class FusedBlock(Switchable):
         """[N, inplanes, H, W] -> [N, planes * expansion, H / stride, W / stride]; channels_last when fused."""
         if self.unfused_reason() is not None:
             return self.forward_unfused(x)
-        units = [conv_bn(self._modules[conv], self._modules[bn]) for conv, bn, _ in self.LAYERS]
-        if self.downsample is None:
+        traced = functional.is_traced(x)
+        units = [conv_bn(self._modules[conv], self._modules[bn], traced) for conv, bn, _ in self.LAYERS]
+        down = self.downsample
+        if down is None:
             return functional.residual_block(x, units, identity=self.identity)
-        projection = self._projection()
+        projection = self._projection(down)
         if projection is not None:
-            return functional.residual_block(x, units, conv_bn(*projection))
-        return functional.residual_block(x, units, residual=self.downsample(x))
+            return functional.residual_block(x, units, conv_bn(*projection, traced))
+        return functional.residual_block(x, units, residual=down(x))
 
     def forward_unfused(self, x: Tensor) -> Tensor:
         """The same block as separate calls of its children."""
@@ -324,26 +345,35 @@ class FusedConvBNAct(Switchable):
 
     def unfused_reason(self) -> str | None:
         """Why this module runs its children one by one; None if it is fused."""
-        reason = conv_bn_reason(self.conv, self.bn) if self.fused else UNFUSED
-        if reason is None and type(self.act) not in (nn.ReLU, nn.Identity):
-            reason = f"act is {type(self.act).__name__}, not exactly nn.ReLU or nn.Identity"
-        if reason is None and _touched(self.act) is not None:
-            reason = f"act {_touched(self.act)}"
+        if not self.fused:
+            return UNFUSED
+        conv, bn, act = self._children()
+        reason = conv_bn_reason(conv, bn)
+        if reason is None and type(act) not in (nn.ReLU, nn.Identity):
+            reason = f"act is {type(act).__name__}, not exactly nn.ReLU or nn.Identity"
+        if reason is None and _touched(act) is not None:
+            reason = f"act {_touched(act)}"
         return reason
+
+    def _children(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self._modules["conv"], self._modules["bn"], self._modules["act"]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [N, in_channels, H, W], residual of the output's shape or None."""
+        conv, bn, act = self._children()
         if self.unfused_reason() is None:
-            return functional.conv_bn_act(x, conv_bn(self.conv, self.bn), residual, type(self.act) is nn.ReLU)
-        out = self.bn(self.conv(x))
-        return self.act(out if residual is None else out + residual)
+            unit = conv_bn(conv, bn, functional.is_traced(x))
+            return functional.conv_bn_act(x, unit, residual, type(act) is nn.ReLU)
+        out = bn(conv(x))
+        return act(out if residual is None else out + residual)
 
 
 def stage_convolutions(stage: nn.Module) -> list[tuple[Tensor, Geometry]] | None:
     """(weight, geometry) of each convolution of a stage's first block; None for anything else than blocks in a row."""
-    if not isinstance(stage, nn.Sequential) or not len(stage) or not all(isinstance(m, FusedBlock) for m in stage):
+    blocks = [*stage._modules.values()] if isinstance(stage, nn.Sequential) else []
+    if not blocks or not all(isinstance(block, FusedBlock) for block in blocks):
         return None
-    first = (stage[0]._modules[conv] for conv, _, _ in stage[0].LAYERS)
+    first = (blocks[0]._modules[conv] for conv, _, _ in blocks[0].LAYERS)
     return [(conv.weight, geometry_of(conv)) for conv in first]
 
 
@@ -396,7 +426,7 @@ def stem_reason(conv: nn.Module, bn: nn.Module, relu: nn.Module, pool: nn.Module
 def forward_stem(conv: nn.Module, bn: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
     """pool(relu(bn(conv(x)))), fused if `stem_reason` finds nothing against it; the four stay usable one by one."""
     if stem_reason(conv, bn, relu, pool) is None:
-        return functional.stem(x, conv_bn(conv, bn))
+        return functional.stem(x, conv_bn(conv, bn, functional.is_traced(x)))
     return pool(relu(bn(conv(x))))
 
 

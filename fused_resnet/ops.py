@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 
@@ -85,18 +85,16 @@ def device_of(x: Tensor, impl: str) -> planning.Device | None:
     return None
 
 
-def _concrete(size: int | torch.SymInt) -> int:
-    """A size as a number. While a dynamic shape is traced, the size it was seen with: a plan must not specialise it."""
-    if isinstance(size, int):
-        return size
-    return 0 if size.node.hint is None else int(size.node.hint)
+def _sizes(shape: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
+    """A shape as numbers. While a dynamic one is traced, those it was seen with: a plan must not specialise it."""
+    return tuple([size if type(size) is int else int(size.node.hint or 0) for size in shape])
 
 
 def _problem(
     name: str, x: Tensor, geometry=None, w_shape=None, prologue: bool = False, epilogue: str = "", side: int = 0
 ) -> Problem:
-    n, c, height, width = map(_concrete, x.shape)
-    k, _, r, s = map(_concrete, w_shape or (c, c, 0, 0))
+    n, c, height, width = _sizes(x.shape)
+    k, _, r, s = _sizes(w_shape or (c, c, 0, 0))
     geometry = geometry or Geometry()
     return Problem(
         name, n, height, width, c, k, r, s, *map(tuple, geometry[:3]), geometry.groups,
@@ -117,11 +115,24 @@ def _block_problem(name: str, x: Tensor, convolutions: list[tuple[Tensor, Geomet
     """Kernel, groups and dilation of the largest convolution, the stride, the last one's output channels, and in
     `epilogue` the kind and every convolution; what is for a CUDA graph is a problem of its own."""
     kind = planning.GRAPH + kind if planning.is_replayed() else kind
-    largest, geometry = max(convolutions, key=lambda pair: pair[0].shape[2])
-    stride = max(g.stride for _, g in convolutions)
-    shape = (convolutions[-1][0].shape[0], *largest.shape[1:])
-    chain = " ".join(f"{w.shape[2]}x{w.shape[3]}-{w.shape[0]}" for w, _ in convolutions)
-    return _problem(name, x, geometry._replace(stride=stride), shape, False, f"{kind} {chain}")
+    chain = tuple([(_sizes(w.shape), (*g[0], *g[1], *g[2], g[3])) for w, g in convolutions])
+    return _chain_problem(name, _sizes(x.shape), x.dtype, chain, kind)
+
+
+@lru_cache(maxsize=1024)
+def _chain_problem(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, chain: tuple[tuple[tuple, tuple], ...], kind: str
+) -> Problem:
+    """`_block_problem` of numbers, so that it is made once for each shape; chain: a weight's four sizes and a
+    geometry's seven for each convolution."""
+    (_, _, r, s), (*_, ph, pw, dh, dw, groups) = max(chain, key=lambda pair: pair[0][2])
+    stride = max(geometry[:2] for _, geometry in chain)
+    n, c, height, width = shape
+    kernels = " ".join(f"{r}x{s}-{k}" for (k, _, r, s), _ in chain)
+    return Problem(
+        name, n, height, width, c, chain[-1][0][0], r, s, stride, (ph, pw), (dh, dw), groups,
+        str(dtype).removeprefix("torch."), False, f"{kind} {kernels}",
+    )  # fmt: skip
 
 
 def plan_block(name: str, impl: str, x: Tensor, convolutions: list[tuple[Tensor, Geometry]], kind: str) -> Plan:

@@ -415,6 +415,43 @@ def test_sizes_set_as_numbers(impl):
 
 
 @IMPLS
+def test_parameters_kept_as_plain_attributes(impl):
+    """As DataParallel's replicas and sharded modules keep them."""
+    ours, theirs = _pair(stride=2)
+    leaves = []
+    for child in [m for m in ours.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]:
+        for name, parameter in list(child.named_parameters()):
+            delattr(child, name)
+            leaves.append(parameter.detach().requires_grad_())
+            setattr(child, name, leaves[-1])
+    for conv in [m for m in ours.modules() if isinstance(m, nn.Conv2d)]:
+        delattr(conv, "bias")
+        conv.bias = None
+    assert ours.unfused_reason() is None and not list(ours.parameters())
+    with fused_resnet.use(impl):
+        out = ours(_x(ours))
+    expected = theirs(_x(ours))
+    torch.testing.assert_close(out, expected)
+    for result in (out, expected):
+        result.square().sum().backward()
+    for leaf, parameter in zip(leaves, theirs.parameters(), strict=True):
+        torch.testing.assert_close(leaf.grad, parameter.grad)
+    ours.conv3.bias = torch.ones(16, dtype=torch.double)
+    assert "conv3, bn3: the convolution has a bias" in ours.unfused_reason()
+
+
+@IMPLS
+def test_a_geometry_of_lists(impl):
+    """As they come out of a configuration file."""
+    block, _ = _pair()
+    units = [conv_bn(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3)]
+    lists = [unit._replace(geometry=fused_resnet.Geometry(*map(list, unit.geometry[:3]))) for unit in units]
+    with fused_resnet.use(impl):
+        outputs = [fused_resnet.residual_block(_x(block), chain) for chain in (units, lists)]
+    assert torch.equal(*outputs)
+
+
+@IMPLS
 def test_shortcut_of_another_kind_is_called_and_the_rest_fused(impl):
     torch.manual_seed(0)
     down = nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(6, 16, 1, bias=False), nn.BatchNorm2d(16))
