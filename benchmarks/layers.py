@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from fused_resnet import models, plan, reference, trials, tuning
+from fused_resnet import models, plan, reference, trials, tuning, workload
 from fused_resnet.explain import describe
 from fused_resnet.plan import Device
 
@@ -36,7 +36,7 @@ _COLUMNS = ("layer", "x", "operator", "problem", "contender", "us", "q25-q75", "
 Contender = tuple[str, Callable[[], object], AbstractContextManager]
 
 
-def _operators(task: tuning.Task, device: Device | None, on: str) -> Iterator[Contender]:
+def _operators(task: workload.Task, device: Device | None, on: str) -> Iterator[Contender]:
     problem = task.problem
     arguments = trials.operator_arguments(problem, torch.Generator().manual_seed(0), on)
     yield "library", partial(getattr(reference, problem.op), *arguments), nullcontext()
@@ -48,7 +48,7 @@ def _operators(task: tuning.Task, device: Device | None, on: str) -> Iterator[Co
         yield impl, partial(run, *arguments), nullcontext()
 
 
-def _blocks(task: tuning.Task, device: Device | None, on: str) -> Iterator[Contender]:
+def _blocks(task: workload.Task, device: Device | None, on: str) -> Iterator[Contender]:
     if device is None:
         yield "library", tuning.block_call(task.call, on), nullcontext()
         yield "reference", tuning.block_call(task.call, on, "reference"), nullcontext()
@@ -59,7 +59,7 @@ def _blocks(task: tuning.Task, device: Device | None, on: str) -> Iterator[Conte
 
 
 def measure(
-    task: tuning.Task,
+    task: workload.Task,
     case: Case,
     ceilings: roofline.Ceilings,
     device: Device | None,
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     case = Case(arguments.model, arguments.mode, arguments.batch, arguments.dtype, arguments.size, on)
     results = Results(arguments.out / "layers.json", arguments)
-    tasks = tuning.collect(runs([case.model], [case.batch], [case.dtype], [case.mode], case.size))
+    tasks = workload.collect(runs([case.model], [case.batch], [case.dtype], [case.mode], case.size))
     ceilings = roofline.measure_ceilings(on, DTYPES[case.dtype])
     results.content["ceilings"] = {case.dtype: ceilings._asdict()}
     with tuning.conditions():

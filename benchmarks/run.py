@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import fused_resnet
-from fused_resnet import ops, plan, tuned, tuning
+from fused_resnet import ops, plan, tuned, tuning, workload
 from fused_resnet.models import BUILDERS
 from fused_resnet.plan import IMPLS
 
@@ -170,7 +170,7 @@ def _card() -> plan.Device:
     return ops.device_of(torch.empty(0, device="cuda"), "auto")
 
 
-def _left(tasks: list[tuning.Task]) -> int:
+def _left(tasks: list[workload.Task]) -> int:
     """How many of these are to be measured into the user's own table, by what the tables have now."""
     ops.forget_plans()
     card = _card()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet import models, plan, tuned, tuning
+from fused_resnet import models, plan, tuned, tuning, workload
 from fused_resnet.explain import describe, device_for
 
 from . import environment
@@ -45,24 +45,26 @@ def runs(
                     yield model, torch.empty(batch, 3, size, size, dtype=DTYPES[dtype], device="meta")
 
 
-def problems(names: list[str], batches: list[int], dtypes: list[str], modes: list[str], size: int) -> list[tuning.Task]:
-    """What can be measured for these options, in the order of `tuning.collect`, stages last."""
+def problems(
+    names: list[str], batches: list[int], dtypes: list[str], modes: list[str], size: int
+) -> list[workload.Task]:
+    """What can be measured for these options, in the order of `workload.collect`, stages last."""
     options = names, batches, dtypes, modes, size
-    return tuning.collect(runs(*options)) + [task for run in runs(*options) for task in tuning.stages(*run)]
+    return workload.collect(runs(*options)) + [task for run in runs(*options) for task in workload.stages(*run)]
 
 
-def choices(tasks: list[tuning.Task], device: plan.Device) -> list[tuning.Task]:
+def choices(tasks: list[workload.Task], device: plan.Device) -> list[workload.Task]:
     """Those that leave a choice on a device, and each block in a CUDA graph, too."""
-    return list(tuning.in_graphs(tuning.with_kernels(tasks, device)))
+    return list(workload.in_graphs(tuning.with_kernels(tasks, device)))
 
 
-def unshipped(tasks: list[tuning.Task], arch: int) -> list[tuning.Task]:
+def unshipped(tasks: list[workload.Task], arch: int) -> list[workload.Task]:
     """Those that the package's table lacks."""
     shipped = plan.load_table(plan.PLANS / f"sm{arch}.json", arch)
     return [task for task in tasks if task.problem not in shipped]
 
 
-def kind_of(task: tuning.Task) -> str:
+def kind_of(task: workload.Task) -> str:
     """Which of `KINDS` a task is."""
     if task.problem.op == plan.STAGE_OP:
         return "stages"
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _dry_run(tasks: list[tuning.Task], arch: str) -> int:
+def _dry_run(tasks: list[workload.Task], arch: str) -> int:
     device, kernels = device_for(arch), 0
     for problem, call, *_ in tasks:
         plans = [] if call else list(tuning.alternatives(problem, device))
@@ -110,7 +112,7 @@ def _tuner(arguments: argparse.Namespace, bench: tuning.Bench) -> tuning.Tuner:
     return tuning.Tuner(bench.device, path, origin, {}, bench.measure, bench.ahead)
 
 
-def _measure(arguments: argparse.Namespace, tasks: list[tuning.Task], bench: tuning.Bench, stop: float) -> int:
+def _measure(arguments: argparse.Namespace, tasks: list[workload.Task], bench: tuning.Bench, stop: float) -> int:
     """Measure until `stop`, on the clock of time.monotonic; how many problems are left. Into the user's own table all
     blocks come first, and again behind their operators."""
     tuner = _tuner(arguments, bench)

@@ -27,7 +27,8 @@ LAW = {
     "graphs": {"modules", "plan"},
     "trials": {"plan", "reference"},
     "precompile": {"plan", "trials"},
-    "tuning": {"explain", "graphs", "modules", "ops", "plan", "precompile", "reference", "tracing", "trials", "tuned"},
+    "workload": {"modules", "ops", "plan", "tracing"},
+    "tuning": {"explain", "graphs", "modules", "ops", "plan", "precompile", "reference", "trials", "tuned", "workload"},
     "testing": {"trials"},
 }
 FREE = {"__init__", "__main__"}

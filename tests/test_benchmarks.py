@@ -11,7 +11,7 @@ import fused_resnet
 from benchmarks import environment, layers, parity, plot, roofline, run
 from benchmarks.baselines import BASELINES, Absent, Case
 from benchmarks.results import load
-from fused_resnet import reference, tuning
+from fused_resnet import reference, workload
 from fused_resnet.plan import Problem, Work
 
 
@@ -235,7 +235,7 @@ def test_layers_stop_with_their_budget_and_name_failures(tmp_path, capsys, monke
     options = ["--model", "resnet18", "--batch", "2", "--size", "32", "--dtype", "fp32", "--out", str(tmp_path)]
     assert layers.main([*options, "--budget", "1e-9"]) == 0
     assert load(tmp_path / "layers.json")["rows"] == [] and "problems left" in capsys.readouterr().out
-    task = tuning.Task(Problem("bn_act", 2, 5, 5, 16, 16, dtype="float32"), None, "layer1.0", 3, Work(0, 100))
+    task = workload.Task(Problem("bn_act", 2, 5, 5, 16, 16, dtype="float32"), None, "layer1.0", 3, Work(0, 100))
 
     def times(run):
         run()

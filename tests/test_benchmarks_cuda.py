@@ -14,7 +14,7 @@ import fused_resnet
 from benchmarks import layers, parity, roofline, run, tune
 from benchmarks.baselines import Case, _compiled
 from benchmarks.results import load
-from fused_resnet import ops, plan, reference, tuned, tuning
+from fused_resnet import ops, plan, reference, tuned, tuning, workload
 from fused_resnet.plan import Measured, TileConfig
 
 SMALL = ["--models", "resnet18", "--batches", "2", "--size", "32"]
@@ -157,9 +157,9 @@ def test_parity_runs_by_the_plans_of_the_timed_batch(shipped):
     assert parity.plans_of(CASE, "auto", None) == {}
     untuned = parity.plans_of(CASE, "auto", device)
     assert {measured.ranking[0] for measured in untuned.values()} == {"library"}
-    tasks = tuning.collect(tune.runs(["resnet50"], [256], ["bf16"], ["training"], 64))
+    tasks = workload.collect(tune.runs(["resnet50"], [256], ["bf16"], ["training"], 64))
     table, tile = plan.measurements(device), TileConfig(64, 64, 64, 4, 4)
-    for task in tuning.in_graphs(tasks):
+    for task in workload.in_graphs(tasks):
         if task.problem.op in ("residual_block", "conv1x1_join"):
             graph = task.problem.epilogue.startswith(plan.GRAPH)
             us = {"library": 9.0, "triton": 1.0} | ({"triton stored": 0.5} if graph else {})
@@ -248,8 +248,8 @@ def test_bench_measures_operators_blocks_graphs_and_stages(home, shipped, monkey
     x = torch.empty(9, 16, 3, 3)
     with pretended_card(monkeypatch), tuning.conditions():
         bench = tuning.Bench()
-        tasks = tuning.collect([(stage, x)]) + tuning.stages(stage, x)
-        outcomes = {task.problem: bench.measure(task) for task in tuning.in_graphs(tasks)}
+        tasks = workload.collect([(stage, x)]) + workload.stages(stage, x)
+        outcomes = {task.problem: bench.measure(task) for task in workload.in_graphs(tasks)}
         assert set(CUDAGraph.modes) == {"thread_local"}
     assert not any(outcome.rejected for outcome in outcomes.values())
     times = {(p.op, p.epilogue.startswith(plan.GRAPH)): set(o.entry["us"]) for p, o in outcomes.items()}

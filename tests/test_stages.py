@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 import fused_resnet
-from fused_resnet import modules, ops, plan, tuning
+from fused_resnet import modules, ops, plan, tuning, workload
 from fused_resnet.plan import Device, Problem, TileConfig, dump_table, load_table, plan_for, plan_stage, table_entry
 
 H100 = Device.default(90)
@@ -139,7 +139,7 @@ def test_an_operator_of_a_chain_without_a_measurement(tables):
 def test_tuning_states_and_times_the_schedules_that_run(tables, monkeypatch):
     """The problems are those that a forward asks for, and what was fastest is what it then does."""
     model = _resnet()
-    tasks = tuning.stages(model, torch.empty(20, 3, 32, 32, device="meta"))
+    tasks = workload.stages(model, torch.empty(20, 3, 32, 32, device="meta"))
     assert [task.layer for task in tasks] == ["layer1", "layer2", "layer3", "layer4"]
     assert tasks[0].problem == Problem(
         plan.STAGE_OP,
@@ -155,7 +155,7 @@ def test_tuning_states_and_times_the_schedules_that_run(tables, monkeypatch):
         dtype="float32",
         epilogue="inference 2 1x1-64 3x3-64 1x1-256",
     )
-    assert tuning.stages(model.train(), torch.empty(20, 3, 32, 32, device="meta")) == []
+    assert workload.stages(model.train(), torch.empty(20, 3, 32, 32, device="meta")) == []
     ran = []
 
     def timer(run):
@@ -180,7 +180,7 @@ def test_tuning_states_and_times_the_schedules_that_run(tables, monkeypatch):
 def test_explain_lists_a_stage_in_parts_once(tables):
     model, x = _resnet(), torch.empty(20, 3, 32, 32, device="meta")
     whole = [record for record in fused_resnet.explain(model, x, arch="sm90") if record.layer.startswith("layer1")]
-    problem = tuning.stages(model, x)[0].problem
+    problem = workload.stages(model, x)[0].problem
     dump_table(tables / "sm90.json", 90, {}, [table_entry(problem, {"library": 9.0, "8": 8.0})])
     plan.forget_tables()
     records = fused_resnet.explain(model, x, arch="sm90")

@@ -12,7 +12,7 @@ import torchvision
 
 import fused_resnet
 from benchmarks import tune as command
-from fused_resnet import ops, plan, reference, testing, tuned, tuning
+from fused_resnet import ops, plan, reference, testing, tuned, tuning, workload
 from fused_resnet.plan import Problem, TileConfig
 
 H100 = plan.Device.default(90)
@@ -40,7 +40,7 @@ class _Lab:
         return tuning.Tuner(H100, path, origin, valid or {}, self.measure, log=self.lines.append, clock=self.clock)
 
     def run(self, problems, path, valid=None, **options):
-        return self.tuner(path, valid).run([tuning.Task(problem) for problem in problems], **options)
+        return self.tuner(path, valid).run([workload.Task(problem) for problem in problems], **options)
 
     def clock(self):
         return self.seconds
@@ -81,9 +81,9 @@ def test_block_is_measured_again_behind_an_operator_that_was(tmp_path, shipped):
     """Blocks alone first, as they run by the heuristic's tiles; then operators, and the blocks whose they are."""
     path, (one, two, other) = tmp_path / "sm90.json", _problems(3)
     blocks = [replace(problem, op="residual_block") for problem in (one, other)]
-    call = tuning.Call(print, ())
-    tasks = [tuning.Task(one), tuning.Task(two), tuning.Task(blocks[0], call), tuning.Task(other)]
-    tasks = list(tuning.in_graphs([*tasks, tuning.Task(blocks[1], call)]))
+    call = workload.Call(print, ())
+    tasks = [workload.Task(one), workload.Task(two), workload.Task(blocks[0], call), workload.Task(other)]
+    tasks = list(workload.in_graphs([*tasks, workload.Task(blocks[1], call)]))
 
     def run(tasks, **options):
         lab = _Lab()
@@ -172,7 +172,7 @@ def test_failed_device_ends_the_run_and_the_next_one_passes_over_the_problem(tmp
 
 
 def _tasks(*names, batch=2, size=64, dtype="bf16"):
-    return tuning.collect(command.runs(names, [batch], [dtype], ["training", "inference"], size))
+    return workload.collect(command.runs(names, [batch], [dtype], ["training", "inference"], size))
 
 
 def test_collects_what_the_operators_state():
@@ -210,11 +210,11 @@ def test_work_begins_where_most_bytes_move_and_goes_on_block_by_block():
 
 def test_models_of_other_makers_are_collected_too():
     model = torchvision.models.resnet18()
-    assert tuning.collect([(model, torch.empty(2, 3, 64, 64))]) == []
-    tasks = tuning.collect([(fused_resnet.fuse(model).eval(), torch.empty(2, 3, 64, 64))])
+    assert workload.collect([(model, torch.empty(2, 3, 64, 64))]) == []
+    tasks = workload.collect([(fused_resnet.fuse(model).eval(), torch.empty(2, 3, 64, 64))])
     assert {task.problem.op for task in tasks} == {"residual_block", "conv_affine", "stem", "conv_affine_pool"}
     lone = fused_resnet.FusedConvBNAct(8, 8).eval()
-    assert [t.problem.op for t in tuning.collect([(lone, torch.empty(1, 8, 5, 5))])][-1] == "residual_block"
+    assert [t.problem.op for t in workload.collect([(lone, torch.empty(1, 8, 5, 5))])][-1] == "residual_block"
 
 
 def test_alternatives_are_legal_distinct_and_begin_with_the_heuristic():
@@ -236,8 +236,8 @@ def test_alternatives_are_those_that_can_run_here():
     assert {chosen.backend for chosen in tuning.alternatives(finalize, without)} == {"triton"}
     neither = replace(without, triton_missing="not installed")
     assert list(tuning.alternatives(finalize, neither)) == []
-    block = tuning.Task(replace(finalize, op="residual_block"), tuning.Call(print, ()))
-    assert tuning.with_kernels([tuning.Task(finalize), block], neither) == [block]
+    block = workload.Task(replace(finalize, op="residual_block"), workload.Call(print, ()))
+    assert tuning.with_kernels([workload.Task(finalize), block], neither) == [block]
 
 
 # The gate, on the interpreter
@@ -328,7 +328,7 @@ def _planned_for(device, monkeypatch):
 @pytest.mark.parametrize("training", [True, False])
 def test_block_is_timed_as_the_library_runs_it_and_as_the_chain_does(shipped, monkeypatch, training):
     block = torch.nn.Sequential(fused_resnet.FusedBasicBlock(16, 16)).train(training)
-    tasks = tuning.collect([(block, torch.empty(2, 16, 6, 6))])
+    tasks = workload.collect([(block, torch.empty(2, 16, 6, 6))])
     task = tasks[-1]
     ran = []
 
@@ -357,7 +357,7 @@ def test_block_is_timed_as_the_library_runs_it_and_as_the_chain_does(shipped, mo
 @pytest.mark.interpreter
 def test_chain_with_cuda_kernels_is_timed_without_them_too(shipped, monkeypatch):
     block = torch.nn.Sequential(fused_resnet.FusedBasicBlock(16, 16))
-    tasks = tuning.collect([(block, torch.empty(2, 16, 6, 6))])
+    tasks = workload.collect([(block, torch.empty(2, 16, 6, 6))])
     finalize = next(t.problem for t in tasks if t.problem.op == "bn_finalize")
     ran = []
 
@@ -377,7 +377,7 @@ def test_chain_with_cuda_kernels_is_timed_without_them_too(shipped, monkeypatch)
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("dtype", "other"), [(torch.bfloat16, "stored"), (torch.float32, "moments")])
 def test_bottleneck_is_timed_in_both_schemes(shipped, monkeypatch, dtype, other):
-    tasks = tuning.collect([(fused_resnet.FusedBottleneck(32, 8), torch.empty(2, 32, 6, 6, dtype=dtype))])
+    tasks = workload.collect([(fused_resnet.FusedBottleneck(32, 8), torch.empty(2, 32, 6, 6, dtype=dtype))])
     schemes = []
 
     def timer(run, best=float("inf")):
@@ -394,7 +394,7 @@ def test_bottleneck_is_timed_in_both_schemes(shipped, monkeypatch, dtype, other)
 def test_blocks_are_timed_in_a_graph_of_their_own(shipped, monkeypatch):
     """The twin of a block is planned, called and timed for replay; what is measured outside says nothing of it."""
     block = torch.nn.Sequential(fused_resnet.FusedBasicBlock(16, 16)).train()
-    eager, graph = list(tuning.in_graphs(tuning.collect([(block, torch.empty(2, 16, 6, 6))])))[-2:]
+    eager, graph = list(workload.in_graphs(workload.collect([(block, torch.empty(2, 16, 6, 6))])))[-2:]
     assert graph.problem == replace(eager.problem, epilogue="graph " + eager.problem.epilogue)
     seen = []
 
@@ -419,7 +419,7 @@ def test_blocks_are_timed_in_a_graph_of_their_own(shipped, monkeypatch):
 
 @pytest.mark.interpreter
 def test_failing_chain_is_rejected_and_the_library_stays(shipped, monkeypatch):
-    tasks = tuning.collect([(fused_resnet.FusedBasicBlock(16, 16).eval(), torch.empty(1, 16, 6, 6))])
+    tasks = workload.collect([(fused_resnet.FusedBasicBlock(16, 16).eval(), torch.empty(1, 16, 6, 6))])
 
     def timer(run, best=float("inf")):
         if plan.plan_block(tasks[-1].problem, H100).backend == "triton":
