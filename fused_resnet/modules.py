@@ -158,9 +158,25 @@ class FusedBlock(Switchable):
                 return conv, bn
         return None
 
+    def _leaves_all_to_children(self, x: Tensor) -> bool:
+        """Whether the library's operators run anyway, in eval mode, where an error leaves nothing half-written: the
+        children call them with less Python. What they would not understand, or take otherwise, is not left to them.
+        """
+        if self.training or type(x) is not Tensor or x.dim() != 4 or not len(x) or planning.current_impl() != "auto":
+            return False
+        first, down = self._modules[self.LAYERS[0][0]], self.downsample
+        if type(first) is not nn.Conv2d or first.in_channels != x.shape[1]:
+            return False
+        if first.weight.dtype != x.dtype or first.weight.device != x.device:
+            return False
+        norms = [self._modules[bn] for _, bn, _ in self.LAYERS] + ([] if down is None else [*down._modules.values()])
+        if any(type(norm) is nn.SyncBatchNorm for norm in norms):  # which needs no GPU here
+            return False
+        return not functional.is_traced(x) and ops.nothing_measured(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, inplanes, H, W] -> [N, planes * expansion, H / stride, W / stride]; channels_last when fused."""
-        if self.unfused_reason() is not None:
+        if self._leaves_all_to_children(x) or self.unfused_reason() is not None:
             return self.forward_unfused(x)
         traced = functional.is_traced(x)
         units = [conv_bn(self._modules[conv], self._modules[bn], traced) for conv, bn, _ in self.LAYERS]
@@ -181,8 +197,10 @@ class FusedBlock(Switchable):
         conv, bn, act = last
         out = bn(conv(out))
         if self.downsample is not None:
-            return act(out + self.downsample(x))
-        return act(out + x if self.identity else out)
+            out += self.downsample(x)
+        elif self.identity:
+            out += x
+        return act(out)
 
     def zero_init_last(self) -> None:
         """Zero the last BatchNorm's weight, so that the block starts as an identity.

@@ -85,6 +85,15 @@ def device_of(x: Tensor, impl: str) -> planning.Device | None:
     return None
 
 
+def nothing_measured(x: Tensor) -> bool:
+    """Whether "auto" takes the library for every problem on x's device: there are no kernels, or no measurements. False
+    while `record` asks for plans."""
+    if _recording.callback is not None:
+        return False
+    device = device_of(x, "auto")
+    return device is None or not planning.measurements(device)
+
+
 def _sizes(shape: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
     """A shape as numbers. While a dynamic one is traced, those it was seen with: a plan must not specialise it."""
     return tuple([size if type(size) is int else int(size.node.hint or 0) for size in shape])

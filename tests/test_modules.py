@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import fused_resnet
-from fused_resnet import autograd, plan, testing
+from fused_resnet import autograd, functional, plan, testing
 from fused_resnet.modules import conv_bn, forward_stem, stem_reason
 
 IMPLS = pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -558,3 +558,20 @@ def test_units_follow_nn_batch_norm():
     ):
         unit = conv_bn(conv, bn)
         assert unit.batch_stats == batch_stats and (unit.running_mean is not None) == tracked
+
+
+@pytest.mark.parametrize("kind", ["identity", "projection"])
+def test_eval_without_measurements_leaves_all_to_the_children(kind, monkeypatch):
+    down = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16)) if kind == "projection" else None
+    block = fused_resnet.FusedBottleneck(8 if down else 16, 4, downsample=down).eval()
+    x = torch.randn(2, 8 if down else 16, 5, 5)
+    want = block.forward_unfused(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "residual_block", None)
+        torch.testing.assert_close(block(x), want, rtol=0, atol=0)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert block(x).dtype == torch.bfloat16
+    for bad in (x.double(), x[:, :3], x[0]):  # whose errors name the argument
+        with pytest.raises((TypeError, ValueError), match="units|x"):
+            block(bad)
+    assert block(x[:0]).shape == (0, 16, 5, 5)
