@@ -86,12 +86,10 @@ def device_of(x: Tensor, impl: str) -> planning.Device | None:
 
 
 def nothing_measured(x: Tensor) -> bool:
-    """Whether "auto" takes the library for every problem on x's device: there are no kernels, or no measurements. False
-    while `record` asks for plans."""
-    if _recording.callback is not None:
-        return False
+    """Whether "auto" takes the library for every problem on x's device: there are no kernels, or no measurements. Not
+    of meta tensors, whose plans somebody wants to see."""
     device = device_of(x, "auto")
-    return device is None or not planning.measurements(device)
+    return not x.is_meta and (device is None or not planning.measurements(device))
 
 
 def _sizes(shape: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
